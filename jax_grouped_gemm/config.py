@@ -1,0 +1,62 @@
+"""Static choices of a kernel launch, and the shared memory that they cost."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+SCALE_BLOCK = 128  # elements of the contracted axis that share one scale.
+WGMMA_M = 64  # rows of one wgmma instruction.
+COMPUTE_WGS = 2  # warpgroups of a CTA that multiply; one more loads.
+SMEM_BYTES = 232_448  # shared memory that one CTA may use on Hopper.
+_SMEM_ALIGN = 1024  # Mosaic aligns each swizzled buffer to this.
+_BARRIER_BYTES = 1024  # room for the barriers, an upper bound.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Static choices of one kernel launch. Sizes are in elements.
+
+  Attributes:
+    tile_n: columns of out that one CTA computes at a time: 64, 128 or 192.
+    num_stages: slots of shared memory between loading and multiplying.
+    cluster: CTAs, 1 or 2, that share each loaded lhs tile; they work on
+      neighbouring columns.
+    raster_width: column tiles (of clusters) that are visited for one row tile
+      before the next row tile; consecutive tiles share operands in L2.
+    num_sms: CTAs launched; None: as many as a Hopper GPU has processors.
+  """
+
+  tile_n: int = 192
+  num_stages: int = 4
+  cluster: int = 2
+  raster_width: int = 8
+  num_sms: int | None = None
+
+  def __post_init__(self):
+    for name, allowed in {"tile_n": (64, 128, 192), "cluster": (1, 2)}.items():
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f"{name} must be one of {allowed}, got {getattr(self, name)}"
+        )
+    for name, least in {"num_stages": 2, "raster_width": 1}.items():
+      if getattr(self, name) < least:
+        raise ValueError(
+          f"{name} must be at least {least}, got {getattr(self, name)}"
+        )
+    if self.num_sms is not None and self.num_sms < self.cluster:
+      raise ValueError(
+        f"num_sms must be at least cluster={self.cluster}, got {self.num_sms}"
+      )
+
+  @property
+  def tile_m(self) -> int:
+    """Rows of out that one CTA computes."""
+    return COMPUTE_WGS * WGMMA_M
+
+  def smem_bytes(self, out_dtype: DTypeLike, rhs_scales: bool = False) -> int:
+    """Upper bound of the shared memory of a CTA, in bytes."""
+    scales = self.tile_m + (self.tile_n if rhs_scales else 0)
+    slot = (self.tile_m + self.tile_n) * SCALE_BLOCK + scales * 4
+    out = self.tile_m * self.tile_n * jnp.dtype(out_dtype).itemsize
+    return self.num_stages * slot + out + 4 * _SMEM_ALIGN + _BARRIER_BYTES

@@ -1,0 +1,192 @@
+"""What the GEMM kernels share: the pipeline over k slices, and the launch."""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from jax_grouped_gemm.config import (
+  COMPUTE_WGS,
+  WGMMA_M,
+  Config,
+)
+
+SWIZZLE_BYTES = 128  # the widest row of a swizzled SMEM buffer.
+_LOAD_REGS, _COMPUTE_REGS = 40, 232  # 40 + 2 * 232 <= 512 per lane quartet.
+
+Ref = Any  # Pallas refs have no public type that supports `.at`.
+
+
+def load_slices(empty: Ref, num_stages: int, k_iters, step, load_slice):
+  """Calls load_slice(ki, slot) for each k slice once its slot is empty.
+
+  `step` counts the slices of all tiles and so tells the slot. Returns the step
+  after the tile.
+  """
+
+  def load_next(ki, step):
+    slot = lax.rem(step, num_stages)
+
+    @pl.when(step >= num_stages)
+    def wait_empty():
+      plgpu.barrier_wait(empty.at[slot])
+
+    load_slice(ki, slot)
+    return step + 1
+
+  return lax.fori_loop(0, k_iters, load_next, step)
+
+
+def _drain(empty: Ref, num_stages: int, steps):
+  """Waits until every slot used in `steps` steps has been released.
+
+  Then nothing is under way any more that a CTA of the cluster could still write
+  to this one, or that this one still has to read.
+  """
+
+  def wait_empty(i, _):
+    step = jnp.maximum(steps - num_stages, 0) + i
+    plgpu.barrier_wait(empty.at[lax.rem(step, num_stages)])
+    return 0
+
+  lax.fori_loop(0, jnp.minimum(steps, num_stages), wait_empty, 0)
+
+
+def accumulate(refs, tile_n: int, k_iters, step, *, load_scales, promote, init):
+  """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
+
+  The products are the warpgroup's (64, tile_n) of one k slice; load_scales(slot,
+  ki) returns the slice's scales. While the products of one slice run on the
+  tensor cores, the next slice is awaited and its scales are loaded, so that
+  little more than the promotion stands between the end of a slice's products
+  and the start of the next ones.
+  """
+  rows = pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
+  num_stages = refs.lhs_smem.shape[0]
+
+  def wait_full(slot, ki):
+    plgpu.barrier_wait(refs.full.at[slot])
+    return load_scales(slot, ki)
+
+  def compute_slice(ki, carry, is_last=False):
+    slot, scales, acc = carry
+    next_slot = lax.select(slot == num_stages - 1, 0, slot + 1)
+
+    def wgmma(products_ref):
+      plgpu.wgmma(
+        products_ref, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T
+      )
+      next_scales = scales if is_last else wait_full(next_slot, ki + 1)
+      return products_ref[...], next_scales  # Reading waits for the products.
+
+    products, next_scales = pl.run_scoped(wgmma, plgpu.ACC((WGMMA_M, tile_n)))
+    # Orders our reads of the slot's scales before the TMA write that reuses it.
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.empty.at[slot])
+    return next_slot, next_scales, promote(acc, products, scales)
+
+  slot = lax.rem(step, num_stages)
+  carry = (slot, wait_full(slot, 0), init)
+  carry = lax.fori_loop(0, k_iters - 1, compute_slice, carry)
+  return compute_slice(k_iters - 1, carry, is_last=True)[2]
+
+
+def load_row_scales(scales_smem: Ref, slot):
+  """Returns the scale of each of the warpgroup's 64 rows of the slot."""
+  rows = pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
+  return plgpu.load(
+    scales_smem.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1)
+  )
+
+
+def wgmma_zeros(shape):
+  """Zeros in the registers' layout of wgmma accumulators."""
+  return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def out_smem(tile_n: int, slice_n: int, dtype: DTypeLike):
+  """SMEM (wg, slices, 64, slice_n) to stage a tile of out for TMA.
+
+  Each slice of columns is a buffer of its own: Mosaic's stores to column slices
+  of one swizzled buffer are wrong on hardware in all but the first (jax
+  0.11.2). Mosaic swizzles them, so the columns of out must be whole slices.
+  """
+  return plgpu.SMEM((COMPUTE_WGS, tile_n // slice_n, WGMMA_M, slice_n), dtype)
+
+
+def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col, predicate=True):
+  """Stores columns from `col` on, unless they lie beyond those of out."""
+  cols = pl.ds(col, slice_smem.shape[-1])
+
+  # TMA clips what is out of bounds, but Mosaic drops dimensions of size 1, the
+  # only slice of a narrow out, and the index of a second one with them.
+  @pl.when(predicate & (col < out_gmem.shape[-1]))
+  def store():
+    plgpu.copy_smem_to_gmem(slice_smem, out_gmem.at[rows, cols])
+
+
+def empty_barriers(config: Config):
+  """One barrier a slot, with an arrival per compute warpgroup of the cluster.
+
+  A slot that both CTAs of a cluster write into is empty when both have read it.
+  """
+  if config.cluster == 1:
+    return plgpu.Barrier(
+      num_arrivals=COMPUTE_WGS, num_barriers=config.num_stages
+    )
+  return plgpu.ClusterBarrier(
+    collective_axes=("cta",),
+    num_arrivals=COMPUTE_WGS,
+    num_barriers=config.num_stages,
+  )
+
+
+def launch(load, compute, *, name, config, interpret, refs_type, **types):
+  """Returns the kernel as a function of its operands, one CTA per processor.
+
+  The loading warpgroup runs `load(refs)`, which returns the number of slots it
+  filled; the two others run `compute(refs)`.
+  """
+
+  def kernel(*operands_and_out, **scratch):
+    refs = refs_type(*operands_and_out, **scratch)
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == COMPUTE_WGS)
+    def load_warpgroup():
+      plgpu.set_max_registers(_LOAD_REGS, action="decrease")
+      _drain(refs.empty, config.num_stages, load(refs))
+
+    @pl.when(wg < COMPUTE_WGS)
+    def compute_warpgroup():
+      plgpu.set_max_registers(_COMPUTE_REGS, action="increase")
+      compute(refs)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  return plgpu.kernel(
+    kernel,
+    grid=((config.num_sms or _num_sms()) // config.cluster,),
+    grid_names=("sm",),
+    cluster=(config.cluster,),
+    cluster_names=("cta",),
+    num_threads=COMPUTE_WGS + 1,
+    thread_name="wg",
+    compiler_params=plgpu.CompilerParams(
+      # full/empty above order every SMEM access, so none need be inserted.
+      unsafe_no_auto_barriers=True,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+    kernel_name=name,
+    interpret=plgpu.InterpretGPUParams() if interpret else None,
+    **types,
+  )
+
+
+def _num_sms() -> int:
+  """Processors of the GPU at hand; those of an H100 or H200 without one."""
+  device = jax.devices()[0]
+  return device.core_count if device.platform == "gpu" else 132

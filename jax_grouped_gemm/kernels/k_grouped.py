@@ -1,0 +1,250 @@
+"""K-grouped FP8 GEMM with block scales for Hopper: weight gradients.
+
+    out[g, i, j] = accumulator[g, i, j]
+                   + sum_b (lhs[i, b] @ rhs[j, b]) * lhs_scales[i, b]
+                           * rhs_scales[j, b]         b in blocks of group g
+
+b runs over blocks of 128 tokens, each of one group. lhs (m, t), rhs (n, t) and
+out (g, m, n) are row-major. A group without blocks gives zeros, or its
+accumulator.
+
+Warpgroups of one CTA, over num_stages slots of SMEM:
+  wg 0, 1  _compute_tile | wait full  | wgmma, promote | arrive empty | store
+  wg 2     _load_tile    | wait empty | TMA lhs, rhs, both scales -> full
+The CTAs of a cluster work on neighbouring columns of one row tile: each loads
+half of the lhs tile for both.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_grouped_gemm.config import (
+  COMPUTE_WGS,
+  SCALE_BLOCK,
+  WGMMA_M,
+  Config,
+)
+from jax_grouped_gemm.kernels import _pipeline
+from jax_grouped_gemm.kernels._pipeline import Ref
+
+
+class _Refs(NamedTuple):
+  """Refs of the kernel: operands in GMEM, slots in SMEM, barriers."""
+
+  lhs_gmem: Ref  # (m, t) f8
+  lhs_scales_gmem: Ref  # (t/128, m) f32
+  rhs_gmem: Ref  # (n, t) f8
+  rhs_scales_gmem: Ref  # (t/128, n) f32
+  starts_gmem: Ref  # (g,) i32: first token block of the group
+  ends_gmem: Ref  # (g,) i32: its last token block + 1
+  accumulator_gmem: Ref | None  # (g, m, n)
+  out_gmem: Ref  # (g, m, n)
+  lhs_smem: Ref  # (stages, tile_m, 128) f8
+  rhs_smem: Ref  # (stages, tile_n, 128) f8
+  lhs_scales_smem: Ref  # (stages, tile_m) f32
+  rhs_scales_smem: Ref  # (stages, tile_n) f32
+  out_smem: Ref  # (wg, slices, 64, slice_n): accumulator, then out
+  full: Ref  # (stages,) 4 arrivals: lhs, rhs, both scales
+  empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
+  accumulator_full: Ref | None  # (wg,) one arrival per slice
+
+
+def _for_each_tile(refs: _Refs, config: Config, fn):
+  """Runs `step = fn(group, mi, ni, step)` on this CTA's share of the tiles.
+
+  `step` counts k slices and so tells the slot of SMEM.
+  """
+  groups, m, n = refs.out_gmem.shape
+  plane = (pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n * config.cluster))
+
+  @plgpu.nd_loop(
+    (groups, plane[0] * plane[1]),
+    collective_axes="sm",
+    init_carry=jnp.int32(0),
+  )
+  def last_step(info, carry):
+    group, index = info.index
+    mi, ni = plgpu.planar_snake(index, plane, 1, config.raster_width)
+    ni = ni * config.cluster + lax.axis_index("cta")
+    return fn(group, mi, ni, carry)
+
+  return last_step
+
+
+def _k_iters(refs: _Refs, group):
+  return refs.ends_gmem[group] - refs.starts_gmem[group]
+
+
+def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
+  """Loads the token blocks of one tile into consecutive slots."""
+  rows = pl.ds(mi * config.tile_m, config.tile_m)
+  cols = pl.ds(ni * config.tile_n, config.tile_n)
+  first_block = refs.starts_gmem[group]
+  shared = "cta" if config.cluster > 1 else None
+
+  def load_slice(ki, slot):
+    block = first_block + ki
+    tokens = pl.ds(block * SCALE_BLOCK, SCALE_BLOCK)
+    full = refs.full.at[slot]
+    copy = plgpu.copy_gmem_to_smem
+    lhs = refs.lhs_gmem.at[rows, tokens]
+    copy(lhs, refs.lhs_smem.at[slot], full, collective_axes=shared)
+    copy(refs.rhs_gmem.at[cols, tokens], refs.rhs_smem.at[slot], full)
+    lhs_scales = refs.lhs_scales_gmem.at[block, rows]
+    copy(lhs_scales, refs.lhs_scales_smem.at[slot], full)
+    rhs_scales = refs.rhs_scales_gmem.at[block, cols]
+    copy(rhs_scales, refs.rhs_scales_smem.at[slot], full)
+
+  k_iters = _k_iters(refs, group)
+  return _pipeline.load_slices(
+    refs.empty, config.num_stages, k_iters, step, load_slice
+  )
+
+
+def _accumulate_tile(refs: _Refs, config: Config, group, step):
+  """Returns the warpgroup's (64, tile_n) sum over the group's blocks."""
+  shape = (WGMMA_M, config.tile_n)
+
+  def load_scales(slot, ki):
+    del ki  # Both scales are in the slot.
+    rhs_scales = plgpu.load(
+      refs.rhs_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
+    )
+    return _pipeline.load_row_scales(refs.lhs_scales_smem, slot), rhs_scales
+
+  def promote(acc, products, scales):
+    lhs_scales, rhs_scales = scales
+    products = products * lax.broadcast_in_dim(lhs_scales, shape, (0,))
+    return acc + products * lax.broadcast_in_dim(rhs_scales, shape, (1,))
+
+  return _pipeline.accumulate(
+    refs,
+    config.tile_n,
+    _k_iters(refs, group),
+    step,
+    load_scales=load_scales,
+    promote=promote,
+    init=_pipeline.wgmma_zeros(shape),
+  )
+
+
+def _compute_tile(refs: _Refs, config: Config, group, mi, ni, step):
+  """Computes one tile and stores it."""
+  wg = lax.axis_index("wg")
+  slices, slice_n = refs.out_smem.shape[1], refs.out_smem.shape[3]
+  k_iters = _k_iters(refs, group)
+
+  rows = pl.ds(mi * config.tile_m + wg * WGMMA_M, WGMMA_M)
+  cols = [ni * config.tile_n + j * slice_n for j in range(slices)]
+
+  # Before out_smem is written again.
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  if refs.accumulator_gmem is not None:
+    for j in range(slices):
+      plgpu.copy_gmem_to_smem(
+        refs.accumulator_gmem.at[group, rows, pl.ds(cols[j], slice_n)],
+        refs.out_smem.at[wg, j],
+        refs.accumulator_full.at[wg],
+      )
+
+  def stage(value):
+    """Writes (64, tile_n) to out_smem, on top of the accumulator."""
+    if refs.accumulator_gmem is not None:
+      plgpu.barrier_wait(refs.accumulator_full.at[wg])
+    for j in range(slices):
+      part = value[:, j * slice_n : (j + 1) * slice_n]
+      if refs.accumulator_gmem is not None:
+        part = part + plgpu.load(refs.out_smem.at[wg, j], layout=plgpu.Layout.WGMMA)
+      refs.out_smem[wg, j] = part.astype(refs.out_gmem.dtype)
+
+  @pl.when(k_iters > 0)
+  def stage_products():
+    stage(_accumulate_tile(refs, config, group, step))
+
+  @pl.when(k_iters == 0)
+  def stage_zeros():
+    stage(_pipeline.wgmma_zeros((WGMMA_M, config.tile_n)))
+
+  plgpu.commit_smem()
+  for j in range(slices):
+    _pipeline.store_slice(
+      refs.out_smem.at[wg, j], refs.out_gmem.at[group], rows, cols[j]
+    )
+  return step + k_iters
+
+
+# ---------------------------------------------------------------- launch
+
+
+def k_grouped_gemm(
+  lhs: Float[Array, "m_stored t"],
+  lhs_scales: Float32[Array, "m t/128"],
+  rhs: Float[Array, "n_stored t"],
+  rhs_scales: Float32[Array, "n t/128"],
+  starts: Int32[Array, "g"],
+  ends: Int32[Array, "g"],
+  accumulator: Float32[Array, "g m n"] | None,
+  *,
+  m: int,
+  n: int,
+  out_dtype: DTypeLike,
+  config: Config,
+  interpret: bool = False,
+) -> Float[Array, "g m n"]:
+  """out[g] = accumulator[g] + lhs[:, blocks of g] @ rhs[:, blocks of g].T.
+
+  Group g has the blocks of 128 tokens from starts[g] up to ends[g] - 1. t is a
+  multiple of 128, m_stored and n_stored of 8, m and n of 16.
+  """
+  groups = starts.shape[0]
+  stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
+  slice_n = math.gcd(n, _pipeline.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize)
+
+  def for_each_tile(fn):
+    return lambda refs: _for_each_tile(
+      refs, config, functools.partial(fn, refs, config)
+    )
+
+  operands = [lhs, lhs_scales.T, rhs, rhs_scales.T, starts, ends]
+  with_accumulator = accumulator is not None
+  if with_accumulator:
+    operands.append(accumulator)
+
+  def refs_type(*refs, **scratch):
+    *inputs, out = refs
+    inputs += [] if with_accumulator else [None]
+    scratch.setdefault("accumulator_full", None)
+    return _Refs(*inputs, out, **scratch)
+
+  scratch_types = dict(
+    lhs_smem=plgpu.SMEM((stages, tile_m, SCALE_BLOCK), lhs.dtype),
+    rhs_smem=plgpu.SMEM((stages, tile_n, SCALE_BLOCK), rhs.dtype),
+    lhs_scales_smem=plgpu.SMEM((stages, tile_m), jnp.float32),
+    rhs_scales_smem=plgpu.SMEM((stages, tile_n), jnp.float32),
+    out_smem=_pipeline.out_smem(tile_n, slice_n, out_dtype),
+    full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+    empty=_pipeline.empty_barriers(config),
+  )
+  if with_accumulator:
+    scratch_types["accumulator_full"] = plgpu.Barrier(
+      num_arrivals=tile_n // slice_n, num_barriers=COMPUTE_WGS
+    )
+  return _pipeline.launch(
+    for_each_tile(_load_tile),
+    for_each_tile(_compute_tile),
+    name="k_grouped_gemm_sm90",
+    config=config,
+    interpret=interpret,
+    refs_type=refs_type,
+    out_type=jax.ShapeDtypeStruct((groups, m, n), out_dtype),
+    scratch_types=scratch_types,
+  )(*operands)

@@ -1,0 +1,136 @@
+"""Which rows a group owns, and how they are cut into tiles.
+
+Group sizes are data, so nothing here trusts them: a negative size counts as 0
+and what lies beyond the last row is cut off, before any size becomes an
+address.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, Int32
+
+# Rows that one scale of a K-grouped operand covers; groups are padded to it.
+TOKEN_BLOCK = 128
+
+
+def _saturating_cumsum(
+  sizes: Int32[Array, "g"], limit: int
+) -> Int32[Array, "g"]:
+  """cumsum(sizes) cut off at `limit`, free of overflow for any int32 sizes."""
+  sizes = jnp.clip(sizes, 0, limit)  # Two such sizes add up within int32.
+  return lax.associative_scan(lambda a, b: jnp.minimum(a + b, limit), sizes)
+
+
+def group_bounds(
+  group_sizes: Int[Array, "g_all"],
+  m: int,
+  group_offset: Int[Array, "1"] | None = None,
+  num_groups: int | None = None,
+) -> tuple[Int32[Array, "g"], Int32[Array, "g"]]:
+  """Returns (starts, ends), the rows [start, end) of each group, within [0, m].
+
+  With `group_offset`, the groups are the `num_groups` ones from there on; those
+  that would lie outside `group_sizes` are empty.
+  """
+  if jnp.iinfo(group_sizes.dtype).bits > 16:  # Sizes may exceed int32.
+    group_sizes = jnp.clip(group_sizes, 0, m)
+  ends = _saturating_cumsum(group_sizes.astype(jnp.int32), m)
+  starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])
+  if group_offset is None:
+    return starts, ends
+  groups = ends.shape[0]
+  offset = jnp.clip(group_offset.reshape(()), -num_groups, groups)
+  index = offset.astype(jnp.int32) + jnp.arange(num_groups, dtype=jnp.int32)
+  inside = (index >= 0) & (index < groups)
+  # Of those outside: empty, and without a gap to the groups inside.
+  edge = jnp.where(index < 0, 0, ends[-1])
+  index = jnp.clip(index, 0, groups - 1)
+  return (
+    jnp.where(inside, starts[index], edge),
+    jnp.where(inside, ends[index], edge),
+  )
+
+
+class Tiles(NamedTuple):
+  """The row tiles of an M-grouped GEMM, in ascending order of their rows.
+
+  Every row in [0, m) belongs to one tile. Entries past `count` are not tiles.
+  """
+
+  group: Int32[Array, "t"]  # group whose rows these are; -1: rows of no group.
+  row: Int32[Array, "t"]  # first row loaded, a multiple of `align`.
+  start: Int32[Array, "t"]  # first row that belongs to the tile, from `row` on.
+  size: Int32[Array, "t"]  # rows that belong to the tile; >= 1.
+  count: Int32[Array, "1"]  # number of tiles.
+
+
+def max_tiles(m: int, num_groups: int, tile_m: int, align: int = 1) -> int:
+  """Upper bound of the number of tiles, whatever the group sizes."""
+  # The groups, the rows before the first one and those after the last one.
+  ranges = min(num_groups + 2, m)
+  return (m + ranges * (tile_m - 1 + align - 1)) // tile_m
+
+
+def make_tiles(
+  starts: Int32[Array, "g"],
+  ends: Int32[Array, "g"],
+  m: int,
+  tile_m: int,
+  align: int = 1,
+) -> Tiles:
+  """Cuts each group's rows, and the rows of no group, into tiles.
+
+  A group's first tile starts at the group's first row rounded down to a
+  multiple of `align`, so up to align - 1 of its rows belong to other groups.
+  """
+  first = jnp.concatenate([jnp.zeros((1,), jnp.int32), starts, ends[-1:]])
+  last = jnp.concatenate([starts[:1], ends, jnp.full((1,), m, jnp.int32)])
+  aligned = lax.div(first, align) * align
+  tiles = jnp.where(last > first, _ceil_div(last - aligned, tile_m), 0)
+  tile_ends = jnp.cumsum(tiles)
+  index = jnp.arange(
+    max(1, max_tiles(m, starts.shape[0], tile_m, align)), dtype=jnp.int32
+  )
+  group = jnp.searchsorted(
+    tile_ends, index, side="right", method="compare_all"
+  ).astype(jnp.int32)
+  group = jnp.minimum(group, first.shape[0] - 1)
+  row = aligned[group] + (index - (tile_ends - tiles)[group]) * tile_m
+  start = jnp.maximum(first[group] - row, 0)
+  size = jnp.minimum(last[group] - row, tile_m) - start
+  is_group = (group > 0) & (group <= starts.shape[0])
+  return Tiles(
+    group=jnp.where(is_group, group - 1, -1),
+    row=row,
+    start=start,
+    size=size,
+    count=tile_ends[-1:].astype(jnp.int32),
+  )
+
+
+def _ceil_div(a: jax.Array, b: int) -> jax.Array:
+  """ceil(a / b) for a >= 0, without the overflow of (a + b - 1)."""
+  return lax.div(a, b) + (lax.rem(a, b) != 0).astype(a.dtype)
+
+
+# ---------------------------------------------------------------- K-grouped
+
+
+def max_token_blocks(t: int, num_groups: int) -> int:
+  """Upper bound of the token blocks that groups of `t` tokens in all fill."""
+  return (t + min(num_groups, t) * (TOKEN_BLOCK - 1)) // TOKEN_BLOCK
+
+
+def token_block_bounds(
+  sizes: Int32[Array, "g"], num_blocks: int
+) -> tuple[Int32[Array, "g"], Int32[Array, "g"]]:
+  """Returns (starts, ends), the token blocks of each group, within num_blocks.
+
+  Each group starts at a block of its own.
+  """
+  sizes = jnp.clip(sizes, 0, num_blocks * TOKEN_BLOCK).astype(jnp.int32)
+  ends = _saturating_cumsum(_ceil_div(sizes, TOKEN_BLOCK), num_blocks)
+  return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
