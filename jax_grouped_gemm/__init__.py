@@ -1,0 +1,22 @@
+"""Grouped FP8 matrix multiplication for mixture-of-experts layers in JAX."""
+
+from jax_grouped_gemm.config import Config
+from jax_grouped_gemm.ops import (
+  k_grouped_gemm,
+  m_grouped_gemm,
+  quantize,
+  quantize_for_k_grouped,
+)
+from jax_grouped_gemm.ragged_dot import Recipe, ragged_dot
+from jax_grouped_gemm.scaled_array import ScaledArray
+
+__all__ = [
+  "Config",
+  "Recipe",
+  "ScaledArray",
+  "k_grouped_gemm",
+  "m_grouped_gemm",
+  "quantize",
+  "quantize_for_k_grouped",
+  "ragged_dot",
+]

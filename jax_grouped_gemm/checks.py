@@ -1,0 +1,125 @@
+"""Checks of calls when they are traced: what is wrong, and the rule."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jax_grouped_gemm import implementation as implementations
+from jax_grouped_gemm.config import SMEM_BYTES, Config
+from jax_grouped_gemm.scaled_array import ScaledArray, scales_shape
+
+_VALUE_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
+_INPUT_DTYPES = tuple(
+  map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64))
+)
+_KERNEL_OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+_KERNEL_ALIGN = 16  # of the sizes that kernels support.
+
+
+def check_quantize(x, dtype: DTypeLike, implementation: str | None):
+  """Returns x as an array and dtype as a dtype, once both are known to do."""
+  x, dtype = jnp.asarray(x), jnp.dtype(dtype)
+  check_input_dtype("x", x.dtype)
+  check_value_dtype("dtype", dtype)
+  implementations.check(implementation)
+  if implementation not in (None, "xla"):
+    raise NotImplementedError(
+      "quantisation has no kernel yet: implementation must be None or 'xla', "
+      f"got {implementation!r}"
+    )
+  return x, dtype
+
+
+def check_value_dtype(name: str, dtype):
+  """Raises TypeError unless quantised values can have the dtype."""
+  _check_dtype(name, dtype, _VALUE_DTYPES)
+
+
+def check_input_dtype(name: str, dtype):
+  """Raises TypeError unless values to quantise can have the dtype."""
+  _check_dtype(name, dtype, _INPUT_DTYPES)
+
+
+def _check_dtype(name: str, dtype, allowed):
+  if dtype not in allowed:
+    raise TypeError(f"{name} must be one of {_names(allowed)}, got {dtype}")
+
+
+def _names(dtypes) -> str:
+  return ", ".join(map(str, dtypes))
+
+
+def check_scaled(name, x, axes, block_shape) -> ScaledArray:
+  """Returns x with jax arrays, once it is known to be consistent."""
+  if not isinstance(x, ScaledArray):
+    raise TypeError(
+      f"{name} must be a ScaledArray, as quantize() makes it, got {type(x)}"
+    )
+  x = jax.tree.map(jnp.asarray, x)
+  layout = f"({', '.join(axes)})"
+  if x.ndim != len(axes) or x.block_shape != block_shape:
+    raise ValueError(
+      f"{name} must be {layout} in blocks of {block_shape}, got shape "
+      f"{x.shape} in blocks of {x.block_shape}"
+    )
+  check_value_dtype(f"{name}.values", x.dtype)
+  _check_dtype(f"{name}.scales", x.scales.dtype, (jnp.dtype(jnp.float32),))
+  expected = scales_shape(x.shape, block_shape)
+  if x.scales.shape != expected:
+    raise ValueError(
+      f"{name}.scales must be {layout} / {block_shape} rounded up, for "
+      f"{x.shape} {expected}, got {x.scales.shape}"
+    )
+  return x
+
+
+def check_accumulator(accumulator, shape):
+  """Returns it as an array, once it is known to be float32 of `shape`."""
+  if accumulator is None:
+    return None
+  accumulator = jnp.asarray(accumulator)
+  _check_dtype("accumulator", accumulator.dtype, (jnp.dtype(jnp.float32),))
+  if accumulator.shape != shape:
+    raise ValueError(
+      f"accumulator must be (g, m, n) = {shape}, got {accumulator.shape}"
+    )
+  return accumulator
+
+
+def check_out_dtype(dtype: DTypeLike):
+  """Returns a preferred_element_type as a dtype, once it is known to do."""
+  dtype = jnp.dtype(dtype)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f"preferred_element_type must be a float, got {dtype}")
+  return dtype
+
+
+def check_config(config: Config | None, out_dtype, rhs_scales: bool = False):
+  """Raises TypeError or ValueError if no kernel can run with it."""
+  if config is None:
+    return
+  if not isinstance(config, Config):
+    raise TypeError(f"config must be a Config or None, got {config!r}")
+  needed = config.smem_bytes(out_dtype, rhs_scales)
+  if needed > SMEM_BYTES:
+    raise ValueError(
+      f"{config} needs {needed} bytes of shared memory for {out_dtype} "
+      f"results, a Hopper GPU has {SMEM_BYTES}"
+    )
+
+
+def unsupported_by_kernels(sizes, lhs, rhs, out_dtype) -> str | None:
+  """Returns what of the problem the kernels do not support, if anything."""
+  for name, size in sizes.items():
+    if size % _KERNEL_ALIGN:
+      return (
+        f"needs {name} to be a multiple of {_KERNEL_ALIGN}, got {name}={size}"
+      )
+  if {lhs.dtype, rhs.dtype} != {_VALUE_DTYPES[0]}:
+    return (
+      f"multiplies {_VALUE_DTYPES[0]} values only, got lhs {lhs.dtype} and rhs "
+      f"{rhs.dtype}"
+    )
+  if out_dtype not in _KERNEL_OUT_DTYPES:
+    return f"gives one of {_names(_KERNEL_OUT_DTYPES)}, got {out_dtype}"
+  return None
