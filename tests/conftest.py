@@ -1,0 +1,30 @@
+"""Settings that must be there before jax starts, and shared fixtures."""
+
+import os
+import shutil
+
+# The interpreter's threads block one another in a pool of one thread per core.
+os.environ["NPROC"] = "32"
+if not shutil.which("nvidia-smi"):
+  # Without a driver, the CUDA plugin complains.
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 2)  # for jax.shard_map
+
+hypothesis.settings.register_profile(
+  "jax",
+  deadline=None,  # The first example of a shape compiles.
+  derandomize=True,
+  max_examples=25,
+)
+hypothesis.settings.load_profile("jax")
+
+
+@pytest.fixture(params=["xla"])
+def implementation(request):
+  """Each implementation that runs on a CPU."""
+  return request.param

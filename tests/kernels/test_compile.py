@@ -1,0 +1,102 @@
+"""Every config compiles for Hopper, without a GPU, and spills no register."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hopper import compile_for_hopper, spilled_bytes
+
+from jax_grouped_gemm.config import SMEM_BYTES, Config
+from jax_grouped_gemm.kernels import tuning
+from jax_grouped_gemm.kernels.k_grouped import k_grouped_gemm
+from jax_grouped_gemm.kernels.m_grouped import m_grouped_gemm
+
+WIDTHS = range(16, 16_000, 16)
+DTYPES = (jnp.bfloat16, jnp.float32)
+# What the heuristic may choose, each with the least n it chooses it for.
+M_GROUPED = {
+  (tuning.m_grouped_config(4096, n, 1024, 4, dtype), dtype): n
+  for n, dtype in itertools.product(reversed(WIDTHS), DTYPES)
+}
+K_GROUPED = {
+  tuning.k_grouped_config(256, n, 1024, 4): n for n in reversed(WIDTHS)
+}
+
+
+def shape(*dims, dtype=jnp.float32):
+  return jax.ShapeDtypeStruct(dims, dtype)
+
+
+@pytest.fixture
+def compile_and_report(capfd, monkeypatch):
+  """Compiles, then checks what the assembler said of registers."""
+  monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+  def run(fn, *args):
+    compile_for_hopper(fn, *args)
+    captured = capfd.readouterr()
+    assert spilled_bytes(captured.out + captured.err) == [0]
+
+  return run
+
+
+def m_grouped_args(m, n, k, g):
+  f8, i32 = jnp.float8_e4m3fn, jnp.int32
+  k_stored, blocks = -(-k // 128) * 128, -(-k // 128)
+  return (
+    shape(m, k_stored, dtype=f8),
+    shape(m, blocks),
+    shape(g, n, k_stored, dtype=f8),
+    shape(g, -(-n // 128), blocks),
+    shape(g, dtype=i32),
+    shape(g, dtype=i32),
+  )
+
+
+@pytest.mark.parametrize("config, dtype", M_GROUPED)
+def test_m_grouped_configs(compile_and_report, config, dtype):
+  assert config.smem_bytes(dtype) <= SMEM_BYTES
+  for n in {M_GROUPED[config, dtype], config.tile_n * 8}:
+    gemm = functools.partial(
+      m_grouped_gemm, m=4096, n=n, out_dtype=dtype, config=config
+    )
+    compile_and_report(gemm, *m_grouped_args(4096, n, 2880, 4))
+
+
+@pytest.mark.parametrize("accumulator", [False, True])
+@pytest.mark.parametrize("config", K_GROUPED)
+def test_k_grouped_configs(compile_and_report, config, accumulator):
+  assert config.smem_bytes(jnp.float32, rhs_scales=True) <= SMEM_BYTES
+  m, t, g, f8 = 400, 1024, 4, jnp.float8_e4m3fn
+  for n in {K_GROUPED[config], config.tile_n * 8}:
+    gemm = functools.partial(
+      k_grouped_gemm, m=m, n=n, out_dtype=jnp.float32, config=config
+    )
+    compile_and_report(
+      gemm,
+      shape(m, t, dtype=f8),
+      shape(m, t // 128),
+      shape(n, t, dtype=f8),
+      shape(n, t // 128),
+      shape(g, dtype=jnp.int32),
+      shape(g, dtype=jnp.int32),
+      shape(g, m, n) if accumulator else None,
+    )
+
+
+def test_spills_are_seen():
+  report = "8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads"
+  assert spilled_bytes(report) == [12]
+
+
+def test_smem_formula_covers_what_a_kernel_allocates():
+  """A config beyond the formula's limit is one that Mosaic refuses."""
+  config = Config(tile_n=192, num_stages=5, cluster=1)
+  assert config.smem_bytes(jnp.bfloat16) > SMEM_BYTES
+  gemm = functools.partial(
+    m_grouped_gemm, m=256, n=192, out_dtype=jnp.bfloat16, config=config
+  )
+  with pytest.raises(ValueError, match="shared memory"):
+    compile_for_hopper(gemm, *m_grouped_args(256, 192, 256, 2))
