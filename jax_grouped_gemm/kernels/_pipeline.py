@@ -59,8 +59,8 @@ def _drain(empty: Ref, num_stages: int, steps):
 def accumulate(refs, tile_n: int, k_iters, step, *, load_scales, promote, init):
   """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
 
-  The products are the warpgroup's (64, tile_n) of one k slice; load_scales(slot,
-  ki) returns the slice's scales. While the products of one slice run on the
+  The products are the warpgroup's (64, tile_n) of one k slice, whose scales
+  load_scales(slot, ki) returns. While the products of one slice run on the
   tensor cores, the next slice is awaited and its scales are loaded, so that
   little more than the promotion stands between the end of a slice's products
   and the start of the next ones.

@@ -64,7 +64,10 @@ def _for_each_tile(refs: _Refs, config: Config, fn):
   `step` counts k slices and so tells the slot of SMEM.
   """
   groups, m, n = refs.out_gmem.shape
-  plane = (pl.cdiv(m, config.tile_m), pl.cdiv(n, config.tile_n * config.cluster))
+  plane = (
+    pl.cdiv(m, config.tile_m),
+    pl.cdiv(n, config.tile_n * config.cluster),
+  )
 
   @plgpu.nd_loop(
     (groups, plane[0] * plane[1]),
@@ -163,7 +166,9 @@ def _compute_tile(refs: _Refs, config: Config, group, mi, ni, step):
     for j in range(slices):
       part = value[:, j * slice_n : (j + 1) * slice_n]
       if refs.accumulator_gmem is not None:
-        part = part + plgpu.load(refs.out_smem.at[wg, j], layout=plgpu.Layout.WGMMA)
+        part = part + plgpu.load(
+          refs.out_smem.at[wg, j], layout=plgpu.Layout.WGMMA
+        )
       refs.out_smem[wg, j] = part.astype(refs.out_gmem.dtype)
 
   @pl.when(k_iters > 0)
@@ -207,7 +212,9 @@ def k_grouped_gemm(
   """
   groups = starts.shape[0]
   stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
-  slice_n = math.gcd(n, _pipeline.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize)
+  slice_n = math.gcd(
+    n, _pipeline.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
+  )
 
   def for_each_tile(fn):
     return lambda refs: _for_each_tile(

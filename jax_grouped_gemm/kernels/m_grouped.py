@@ -26,7 +26,6 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_grouped_gemm import schedule
 from jax_grouped_gemm.config import (
-  COMPUTE_WGS,
   SCALE_BLOCK,
   WGMMA_M,
   Config,
@@ -36,6 +35,7 @@ from jax_grouped_gemm.kernels._pipeline import Ref
 
 _ROW_ALIGN = 8  # TMA addresses rows of swizzled SMEM tiles in groups of 8.
 _SLICE_N = 64  # columns that surely share one rhs scale, for any tile_n.
+
 
 class _Refs(NamedTuple):
   """Refs of the kernel: operands in GMEM, slots in SMEM, barriers."""
@@ -113,7 +113,9 @@ def _load_rhs_scales(refs: _Refs, config: Config, group, ni, ki):
   # A tile with an odd number of 64-column slices may start amid a block.
   odd = config.tile_n % SCALE_BLOCK != 0
   blocks = [
-    refs.rhs_scales_gmem[group, jnp.minimum(first_block + b, num_blocks - 1), ki]
+    refs.rhs_scales_gmem[
+      group, jnp.minimum(first_block + b, num_blocks - 1), ki
+    ]
     for b in range(config.tile_n // SCALE_BLOCK + odd)
   ]
   starts_block = lax.rem(first_col, SCALE_BLOCK) == 0

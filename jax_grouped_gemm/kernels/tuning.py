@@ -8,8 +8,9 @@ from jax_grouped_gemm.config import SMEM_BYTES, Config
 _MAX_STAGES = 5  # More slots bring nothing.
 
 # Rates of (tile_n, cluster) relative to the best, when all columns are used.
-# 192 and 128: measured, M-grouped, 4 groups of ~8192 rows, n 6144, k 7168 (H200,
-# jax 0.11.2). 64: an estimate, such tiles load as many bytes as they multiply.
+# 192 and 128: measured, M-grouped, 4 groups of ~8192 rows, n 6144, k 7168
+# (H200, jax 0.11.2). 64: an estimate, their loads take longer than their
+# products.
 _M_GROUPED_RATES = {
   (192, 2): 1.0,
   (192, 1): 0.98,
