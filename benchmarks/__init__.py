@@ -1,0 +1,1 @@
+"""Timing of the grouped GEMMs: python -m benchmarks --help."""
