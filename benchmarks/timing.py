@@ -5,6 +5,8 @@ import time
 
 import jax
 
+_MAX_KEPT_BYTES = 2**35
+
 
 def measure_us(fn, *args, iterations: int) -> float:
   """Returns the median of the runs' times, in microseconds.
@@ -17,6 +19,9 @@ def measure_us(fn, *args, iterations: int) -> float:
   if jax.default_backend() == "gpu":
     from jax.experimental.mosaic.gpu import profiler
 
+    # It keeps the results of all iterations.
+    kept = sum(x.nbytes for x in jax.tree.leaves(fn(*args)))
+    iterations = max(1, min(iterations, _MAX_KEPT_BYTES // kept))
     _, times_ms = profiler.measure(fn, iterations=iterations)(*args)
     # A single run is reported as a number.
     times_ms = times_ms if isinstance(times_ms, list) else [times_ms]

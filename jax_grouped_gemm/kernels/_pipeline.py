@@ -60,39 +60,38 @@ def accumulate(refs, tile_n: int, k_iters, step, *, load_scales, promote, init):
   """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
 
   The products are the warpgroup's (64, tile_n) of one k slice, whose scales
-  load_scales(slot, ki) returns. While the products of one slice run on the
-  tensor cores, the next slice is awaited and its scales are loaded, so that
-  little more than the promotion stands between the end of a slice's products
-  and the start of the next ones.
+  load_scales(slot, ki) returns. While the products run on the tensor cores,
+  their scales are computed and the next slice is awaited, so that little more
+  than the promotion stands between the end of a slice's products and the start
+  of the next ones.
   """
   rows = pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
   num_stages = refs.lhs_smem.shape[0]
 
-  def wait_full(slot, ki):
-    plgpu.barrier_wait(refs.full.at[slot])
-    return load_scales(slot, ki)
-
   def compute_slice(ki, carry, is_last=False):
-    slot, scales, acc = carry
+    slot, acc = carry
     next_slot = lax.select(slot == num_stages - 1, 0, slot + 1)
 
     def wgmma(products_ref):
       plgpu.wgmma(
         products_ref, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T
       )
-      next_scales = scales if is_last else wait_full(next_slot, ki + 1)
-      return products_ref[...], next_scales  # Reading waits for the products.
+      scales = load_scales(slot, ki)
+      # Orders our reads of the scales before the TMA write that reuses the
+      # slot.
+      plgpu.commit_smem()
+      if not is_last:
+        plgpu.barrier_wait(refs.full.at[next_slot])
+      return products_ref[...], scales  # Reading waits for the products.
 
-    products, next_scales = pl.run_scoped(wgmma, plgpu.ACC((WGMMA_M, tile_n)))
-    # Orders our reads of the slot's scales before the TMA write that reuses it.
-    plgpu.commit_smem()
+    products, scales = pl.run_scoped(wgmma, plgpu.ACC((WGMMA_M, tile_n)))
     plgpu.barrier_arrive(refs.empty.at[slot])
-    return next_slot, next_scales, promote(acc, products, scales)
+    return next_slot, promote(acc, products, scales)
 
   slot = lax.rem(step, num_stages)
-  carry = (slot, wait_full(slot, 0), init)
-  carry = lax.fori_loop(0, k_iters - 1, compute_slice, carry)
-  return compute_slice(k_iters - 1, carry, is_last=True)[2]
+  plgpu.barrier_wait(refs.full.at[slot])
+  carry = lax.fori_loop(0, k_iters - 1, compute_slice, (slot, init))
+  return compute_slice(k_iters - 1, carry, is_last=True)[1]
 
 
 def load_row_scales(scales_smem: Ref, slot):

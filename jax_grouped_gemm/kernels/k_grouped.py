@@ -118,15 +118,15 @@ def _accumulate_tile(refs: _Refs, config: Config, group, step):
 
   def load_scales(slot, ki):
     del ki  # Both scales are in the slot.
+    lhs_scales = _pipeline.load_row_scales(refs.lhs_scales_smem, slot)
     rhs_scales = plgpu.load(
       refs.rhs_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
     )
-    return _pipeline.load_row_scales(refs.lhs_scales_smem, slot), rhs_scales
+    rows = lax.broadcast_in_dim(lhs_scales, shape, (0,))
+    return rows * lax.broadcast_in_dim(rhs_scales, shape, (1,))
 
   def promote(acc, products, scales):
-    lhs_scales, rhs_scales = scales
-    products = products * lax.broadcast_in_dim(lhs_scales, shape, (0,))
-    return acc + products * lax.broadcast_in_dim(rhs_scales, shape, (1,))
+    return acc + products * scales
 
   return _pipeline.accumulate(
     refs,
