@@ -1,0 +1,209 @@
+"""The kernels on a Hopper GPU, at real sizes: pytest -m gpu."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jax_grouped_gemm import (
+  Recipe,
+  k_grouped_gemm,
+  m_grouped_gemm,
+  quantize,
+  quantize_for_k_grouped,
+  ragged_dot,
+)
+
+pytestmark = pytest.mark.gpu
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+# Largest |row of out - row of the oracle| / |row of the oracle|. One rounding
+# to bf16 costs at most 2^-8, 3.9e-3; the sums in f32 far less than 1e-3.
+ROW_ERROR = {BF16: 4e-3, F32: 1e-3}
+SIZES = (0, 1, 127, 128, 129, 5000)
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+  return RNG.standard_normal(shape, np.float32)
+
+
+def operands(m, n, k, g):
+  lhs = quantize(normal(m, k), (1, 128))
+  return lhs, quantize(normal(g, n, k), (1, 128, 128))
+
+
+def gemm(fn, **kwargs):
+  fn = functools.partial(fn, implementation="mosaic_gpu", **kwargs)
+  return jax.jit(fn)
+
+
+def poison(shape, dtype):
+  """Leaves NaN in memory that the next result is likely to get."""
+  jnp.full(shape, jnp.nan, dtype).block_until_ready().delete()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("k", [2880, 7168])
+def test_m_grouped_rows(k, dtype):
+  """Every row is right, and the rows past the groups are zero."""
+  m, n = sum(SIZES) + 75, 1152
+  lhs, rhs = operands(m, n, k, len(SIZES))
+  poison((m, n), dtype)
+  out = gemm(m_grouped_gemm, preferred_element_type=dtype)(
+    lhs, rhs, jnp.array(SIZES)
+  )
+  oracle.check_m_grouped(out, lhs, rhs, SIZES, row_error=ROW_ERROR[dtype])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("n", [16, 80, 192, 400, 2064])
+def test_m_grouped_any_n_and_any_sizes(n, dtype):
+  m, k = 600, 400
+  lhs, rhs = operands(m, n, k, 6)
+  run = gemm(m_grouped_gemm, preferred_element_type=dtype)
+  for sizes in [
+    (0, 0, 0, 0, 0, 0),
+    (0, 0, 600, 0, 0, 0),
+    (1, 1, 1, 1, 1, 1),
+    (3, 126, 7, 0, 255, 64),
+    (100, 100, 100, 100, 100, 100),
+    (5, 2**31 - 1, 2**31 - 1, 2**31 - 1, 3, 1),
+    (-8, 130, -(2**31), 129, 1, -1),
+  ]:
+    poison((m, n), dtype)
+    out = run(lhs, rhs, jnp.array(sizes))
+    oracle.check_m_grouped(out, lhs, rhs, sizes, row_error=ROW_ERROR[dtype])
+
+
+@pytest.mark.parametrize("m", [1, 7, 130])
+def test_m_grouped_any_m(m):
+  lhs, rhs = operands(m, 256, 272, 3)
+  sizes = (m // 3, 0, m - m // 3)
+  out = gemm(m_grouped_gemm)(lhs, rhs, jnp.array(sizes))
+  oracle.check_m_grouped(out, lhs, rhs, sizes, row_error=ROW_ERROR[BF16])
+
+
+def test_m_grouped_many_groups():
+  sizes = RNG.integers(0, 20, 512)
+  lhs, rhs = operands(int(sizes.sum()), 256, 384, len(sizes))
+  out = gemm(m_grouped_gemm)(lhs, rhs, jnp.asarray(sizes))
+  oracle.check_m_grouped(out, lhs, rhs, sizes, row_error=ROW_ERROR[BF16])
+
+
+def test_m_grouped_group_offset():
+  sizes = (30, 100, 0, 171, 60, 9)
+  lhs, rhs = operands(400, 384, 512, 3)
+  run = gemm(m_grouped_gemm)
+  for offset in range(-1, 6):
+    poison((400, 384), BF16)
+    out = run(lhs, rhs, jnp.array(sizes), group_offset=jnp.array([offset]))
+    oracle.check_m_grouped(
+      out, lhs, rhs, sizes, offset, row_error=ROW_ERROR[BF16]
+    )
+
+
+def test_m_grouped_nan_stays_where_it_is():
+  sizes = (130, 0, 200, 70)
+  lhs, rhs = normal(450, 512), normal(4, 384, 512)
+  lhs[5, 300] = lhs[400:] = np.nan
+  rhs[2, 77, 1] = np.nan
+  lhs = quantize(lhs, (1, 128))
+  rhs = quantize(rhs, (1, 128, 128))
+  out = gemm(m_grouped_gemm)(lhs, rhs, jnp.array(sizes))
+  nan = np.zeros(out.shape, bool)
+  nan[5] = nan[130:330, 77] = True
+  np.testing.assert_array_equal(np.isnan(out), nan)
+
+
+@pytest.mark.parametrize("with_accumulator", [False, True])
+@pytest.mark.parametrize(
+  ("m", "n"), [(1152, 1408), (16, 16), (400, 80), (144, 2064)]
+)
+def test_k_grouped(m, n, with_accumulator):
+  t = sum(SIZES) + 75
+  tokens = normal(t, m), normal(t, n)
+  for x in tokens:
+    x[sum(SIZES) :] = np.nan  # Nobody's tokens.
+  lhs, rhs = (quantize_for_k_grouped(x, jnp.array(SIZES)) for x in tokens)
+  shape = len(SIZES), m, n
+  accumulator = normal(*shape) if with_accumulator else None
+  poison(shape, F32)
+  out = gemm(k_grouped_gemm)(
+    lhs, rhs, jnp.array(SIZES), accumulator=accumulator
+  )
+  oracle.check_k_grouped(
+    out, lhs, rhs, SIZES, accumulator, row_error=ROW_ERROR[F32]
+  )
+
+
+def test_k_grouped_any_sizes():
+  t, m, n = 500, 192, 320
+  tokens = normal(t, m), normal(t, n)
+  quantized = jax.jit(quantize_for_k_grouped)
+  run = gemm(k_grouped_gemm)
+  for sizes in [
+    (0, 0, 0, 0),
+    (0, 500, 0, 0),
+    (1, 1, 1, 1),
+    (127, 128, 129, 0),
+    (5, 2**31 - 1, 2**31 - 1, 3),
+    (-8, 130, -(2**31), 129),
+  ]:
+    group_sizes = jnp.array(sizes)
+    lhs, rhs = (quantized(x, group_sizes) for x in tokens)
+    poison((4, m, n), F32)
+    out = run(lhs, rhs, group_sizes)
+    oracle.check_k_grouped(out, lhs, rhs, sizes, row_error=ROW_ERROR[F32])
+
+
+def test_k_grouped_nan_stays_in_its_group():
+  sizes = (130, 0, 200, 70)
+  tokens = normal(400, 256), normal(400, 192)
+  tokens[0][140, 3] = np.nan  # A token of group 2.
+  lhs, rhs = (quantize_for_k_grouped(x, jnp.array(sizes)) for x in tokens)
+  out = gemm(k_grouped_gemm)(lhs, rhs, jnp.array(sizes))
+  nan = np.zeros(out.shape, bool)
+  nan[2, 3] = True
+  np.testing.assert_array_equal(np.isnan(out), nan)
+
+
+def test_kernel_is_the_default():
+  lhs, rhs = operands(256, 256, 256, 2)
+  lowered = jax.jit(m_grouped_gemm).lower(lhs, rhs, jnp.array([100, 156]))
+  assert "mosaic_gpu" in lowered.as_text()
+  # What the kernels do not support still works.
+  lhs, rhs = operands(40, 24, 256, 2)
+  out = m_grouped_gemm(lhs, rhs, jnp.array([10, 20]))
+  oracle.check_m_grouped(out, lhs, rhs, (10, 20), row_error=ROW_ERROR[BF16])
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe.bf16()])
+def test_ragged_dot_and_its_gradients(recipe):
+  """Against float64: FP8 has 3 bits of mantissa, bf16 has 7.
+
+  A product of two rounded factors is off by 2 half steps, at most 2^-3 (FP8)
+  or 2^-7 (bf16) of itself; signs are random, so a row of the sum is off by
+  less than that of its norm.
+  """
+  sizes, m, k, n = (0, 700, 1, 129, 1000), 1900, 768, 1024
+  group_sizes = jnp.array(sizes)
+  lhs, rhs, dout = normal(m, k), normal(len(sizes), k, n), normal(m, n)
+  args = jax.tree.map(lambda x: jnp.asarray(x, BF16), (lhs, rhs))
+  dot = jax.checkpoint(
+    lambda lhs, rhs: ragged_dot(lhs, rhs, group_sizes, recipe=recipe)
+  )
+  out, vjp = jax.vjp(jax.jit(dot), *args)
+  gradients = vjp(jnp.asarray(dout, BF16))
+  lhs, rhs, dout = (np.float64(x) for x in (lhs, rhs, dout))
+  expected = np.zeros((m, n)), np.zeros((m, k)), np.zeros_like(rhs)
+  for g, (start, end) in enumerate(oracle.group_rows(sizes, m)):
+    expected[0][start:end] = lhs[start:end] @ rhs[g]
+    expected[1][start:end] = dout[start:end] @ rhs[g].T
+    expected[2][g] = lhs[start:end].T @ dout[start:end]
+  bound = 2**-3 if recipe == Recipe() else 2**-7
+  for got, exact in zip((out, *gradients), expected, strict=True):
+    oracle.check(got, exact, np.abs(exact), k, row_error=bound)
