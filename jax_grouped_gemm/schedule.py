@@ -16,11 +16,18 @@ from jaxtyping import Array, Int, Int32
 TOKEN_BLOCK = 128
 
 
+def _clip(x: Int[Array, "..."], low: int, high: int) -> Int32[Array, "..."]:
+  """clip(x, low, high) for low <= 0 <= high, whatever x can represent."""
+  limits = jnp.iinfo(x.dtype)
+  x = jnp.clip(x, max(low, int(limits.min)), min(high, int(limits.max)))
+  return x.astype(jnp.int32)
+
+
 def _saturating_cumsum(
-  sizes: Int32[Array, "g"], limit: int
+  sizes: Int[Array, "g"], limit: int
 ) -> Int32[Array, "g"]:
-  """cumsum(sizes) cut off at `limit`, free of overflow for any int32 sizes."""
-  sizes = jnp.clip(sizes, 0, limit)  # Two such sizes add up within int32.
+  """cumsum(sizes) cut off at `limit`, free of overflow for any sizes."""
+  sizes = _clip(sizes, 0, limit)  # Two such sizes add up within int32.
   return lax.associative_scan(lambda a, b: jnp.minimum(a + b, limit), sizes)
 
 
@@ -35,15 +42,13 @@ def group_bounds(
   With `group_offset`, the groups are the `num_groups` ones from there on; those
   that would lie outside `group_sizes` are empty.
   """
-  if jnp.iinfo(group_sizes.dtype).bits > 16:  # Sizes may exceed int32.
-    group_sizes = jnp.clip(group_sizes, 0, m)
-  ends = _saturating_cumsum(group_sizes.astype(jnp.int32), m)
+  ends = _saturating_cumsum(group_sizes, m)
   starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])
   if group_offset is None:
     return starts, ends
   groups = ends.shape[0]
-  offset = jnp.clip(group_offset.reshape(()), -num_groups, groups)
-  index = offset.astype(jnp.int32) + jnp.arange(num_groups, dtype=jnp.int32)
+  offset = _clip(group_offset.reshape(()), -num_groups, groups)
+  index = offset + jnp.arange(num_groups, dtype=jnp.int32)
   inside = (index >= 0) & (index < groups)
   # Of those outside: empty, and without a gap to the groups inside.
   edge = jnp.where(index < 0, 0, ends[-1])
@@ -125,12 +130,12 @@ def max_token_blocks(t: int, num_groups: int) -> int:
 
 
 def token_block_bounds(
-  sizes: Int32[Array, "g"], num_blocks: int
+  sizes: Int[Array, "g"], num_blocks: int
 ) -> tuple[Int32[Array, "g"], Int32[Array, "g"]]:
   """Returns (starts, ends), the token blocks of each group, within num_blocks.
 
   Each group starts at a block of its own.
   """
-  sizes = jnp.clip(sizes, 0, num_blocks * TOKEN_BLOCK).astype(jnp.int32)
+  sizes = _clip(sizes, 0, num_blocks * TOKEN_BLOCK)
   ends = _saturating_cumsum(_ceil_div(sizes, TOKEN_BLOCK), num_blocks)
   return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
