@@ -77,14 +77,14 @@ def accumulate(refs, tile_n: int, k_iters, step, *, load_scales, promote, init):
         products_ref, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T
       )
       scales = load_scales(slot, ki)
-      # Orders our reads of the scales before the TMA write that reuses the
-      # slot.
-      plgpu.commit_smem()
       if not is_last:
         plgpu.barrier_wait(refs.full.at[next_slot])
       return products_ref[...], scales  # Reading waits for the products.
 
     products, scales = pl.run_scoped(wgmma, plgpu.ACC((WGMMA_M, tile_n)))
+    # Orders our reads of the slot's scales before the TMA write that reuses it.
+    # Beside the reads it is slower: 1 % (M-grouped), 9 % (K-grouped), on an H200.
+    plgpu.commit_smem()
     plgpu.barrier_arrive(refs.empty.at[slot])
     return next_slot, promote(acc, products, scales)
 
