@@ -24,8 +24,7 @@ def group_rows(sizes, m, group_offset=None, num_groups=None):
   offset = int(np.asarray(group_offset).reshape(()))
   inside = lambda g: 0 <= g < len(rows)
   return [
-    rows[g] if inside(g) else (0, 0)
-    for g in range(offset, offset + num_groups)
+    rows[g] if inside(g) else (0, 0) for g in range(offset, offset + num_groups)
   ]
 
 
@@ -60,9 +59,7 @@ def k_grouped(lhs, rhs, columns):
   )
 
 
-def check_m_grouped(
-  out, lhs, rhs, sizes, group_offset=None, row_error=None
-):
+def check_m_grouped(out, lhs, rhs, sizes, group_offset=None, row_error=None):
   """Raises AssertionError, naming the worst row, unless out is right.
 
   lhs (m, k) and rhs (g, n, k) are ScaledArrays. With `row_error`, |out - ref|
@@ -152,3 +149,19 @@ def quantize(x, block_shape, dtype=ml_dtypes.float8_e4m3fn, power_of_two=False):
       values[block] = np.where(np.isfinite(part), scaled, part).astype(dtype)
     scales[index] = scale
   return values, scales
+
+
+def random_floats(shape, seed=0):
+  """Returns float32 of random signs and, from row to row, magnitudes."""
+  rng = np.random.default_rng(seed)
+  magnitude = np.exp2(rng.integers(-6, 7, (*shape[:-1], 1)))
+  return (rng.standard_normal(shape) * magnitude).astype(np.float32)
+
+
+def pad_tokens(x, rows, t_padded):
+  """Returns x (t, f) as (f, t_padded), each group padded to whole blocks."""
+  out, column = np.zeros((x.shape[1], t_padded), np.float32), 0
+  for start, end in rows:
+    out[:, column : column + end - start] = x[start:end].T
+    column += math.ceil((end - start) / BLOCK) * BLOCK
+  return out
