@@ -23,9 +23,7 @@ def _clip(x: Int[Array, "..."], low: int, high: int) -> Int32[Array, "..."]:
   return x.astype(jnp.int32)
 
 
-def _saturating_cumsum(
-  sizes: Int[Array, "g"], limit: int
-) -> Int32[Array, "g"]:
+def _saturating_cumsum(sizes: Int[Array, "g"], limit: int) -> Int32[Array, "g"]:
   """cumsum(sizes) cut off at `limit`, free of overflow for any sizes."""
   sizes = _clip(sizes, 0, limit)  # Two such sizes add up within int32.
   return lax.associative_scan(lambda a, b: jnp.minimum(a + b, limit), sizes)

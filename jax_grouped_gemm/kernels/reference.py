@@ -44,11 +44,13 @@ def quantize(
   scales = amax * jnp.float32(1 / largest)
   if power_of_two_scales:
     scales = _next_power_of_two(scales)
-  scaled = x / expand_scales(scales, block_shape, x.shape)
+  finite = jnp.isfinite(x)
+  # XLA turns x / broadcast(scales) into x * (1 / scales), which may round to
+  # another value. It does not where the divisor depends on x.
+  divisor = jnp.where(finite, expand_scales(scales, block_shape, x.shape), 1)
+  scaled = jnp.clip(x / divisor, -largest, largest)
   damaged = x if dtype == jnp.float8_e5m2 else jnp.nan  # e4m3fn has no Inf.
-  values = jnp.where(
-    jnp.isfinite(x), jnp.clip(scaled, -largest, largest), damaged
-  )
+  values = jnp.where(finite, scaled, damaged)
   return ScaledArray(values.astype(dtype), scales, block_shape)
 
 
