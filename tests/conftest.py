@@ -13,6 +13,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+import jax_grouped_gemm  # noqa: E402
+
 jax.config.update("jax_num_cpu_devices", 2)  # for jax.shard_map
 
 hypothesis.settings.register_profile(
@@ -24,7 +26,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jax")
 
 
-@pytest.fixture(params=["xla"])
+@pytest.fixture(params=["xla", "interpret"])
 def implementation(request):
   """Each implementation that runs on a CPU."""
   return request.param
