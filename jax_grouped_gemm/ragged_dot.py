@@ -97,21 +97,25 @@ def ragged_dot(
     recipe: which products are quantised, and how.
     implementation: of the quantised products, as in m_grouped_gemm.
   """
-  lhs, rhs, group_sizes = map(jnp.asarray, (lhs, rhs, group_sizes))
+  lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
   if not isinstance(recipe, Recipe):
     raise TypeError(f"recipe must be a Recipe, got {recipe!r}")
   implementations.check(implementation)
-  out_dtype = _check_operands(
-    lhs,
-    rhs,
-    group_sizes,
-    precision=precision,
-    preferred_element_type=preferred_element_type,
-    has_offset=group_offset is not None,
-    out_sharding=out_sharding,
-  )
+  _check_operands(lhs, rhs)
   group_sizes, group_offset = check_group_sizes(
     group_sizes, lhs.shape[0], rhs.shape[0], group_offset
+  )
+  out = jax.eval_shape(
+    functools.partial(
+      lax.ragged_dot,
+      precision=precision,
+      preferred_element_type=preferred_element_type,
+      out_sharding=out_sharding,
+    ),
+    lhs,
+    rhs,
+    # jax.lax.ragged_dot has group_offset, but does not implement it.
+    jax.ShapeDtypeStruct(rhs.shape[:1], group_sizes.dtype),
   )
   use_lax = (
     implementation == "mosaic_gpu"
@@ -121,7 +125,7 @@ def ragged_dot(
     recipe=recipe,
     implementation=implementation,
     unquantized=Unquantized(precision, use_lax, group_offset is not None),
-    out_dtype=out_dtype,
+    out_dtype=out.dtype,
     lhs_dtype=lhs.dtype,
     rhs_dtype=rhs.dtype,
   )
@@ -131,8 +135,7 @@ def ragged_dot(
   return dot(*vary_alike(lhs, rhs, group_sizes, group_offset))
 
 
-def _check_operands(lhs, rhs, group_sizes, *, has_offset: bool, **kwargs):
-  """Returns the dtype of the result; raises what jax.lax.ragged_dot raises."""
+def _check_operands(lhs, rhs):
   for name, x, ndim, layout in (
     ("lhs", lhs, 2, "(m, k)"),
     ("rhs", rhs, 3, "(g, k, n)"),
@@ -140,15 +143,6 @@ def _check_operands(lhs, rhs, group_sizes, *, has_offset: bool, **kwargs):
     checks.check_input_dtype(name, x.dtype)
     if x.ndim != ndim:
       raise TypeError(f"{name} must be {layout}, got shape {x.shape}")
-  # jax.lax.ragged_dot has the argument, but does not implement it.
-  sizes_shape = rhs.shape[:1] if has_offset else group_sizes.shape
-  out = jax.eval_shape(
-    functools.partial(lax.ragged_dot, **kwargs),
-    jax.ShapeDtypeStruct(lhs.shape, lhs.dtype),
-    jax.ShapeDtypeStruct(rhs.shape, rhs.dtype),
-    jax.ShapeDtypeStruct(sizes_shape, group_sizes.dtype),
-  )
-  return out.dtype
 
 
 # ---------------------------------------------------------------- gradients

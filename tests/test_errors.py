@@ -1,0 +1,312 @@
+"""Wrong calls say what is wrong, with the values and the rule."""
+
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_grouped_gemm import (
+  Config,
+  Recipe,
+  ScaledArray,
+  implementation,
+  k_grouped_gemm,
+  m_grouped_gemm,
+  quantize,
+  quantize_for_k_grouped,
+  ragged_dot,
+)
+
+ONES = jnp.ones
+SIZES = jnp.array([3, 4])
+X, W = ONES((10, 32)), ONES((2, 32, 48))
+LHS = quantize(X, (1, 128))
+RHS = quantize(ONES((2, 48, 32)), (1, 128, 128))
+K_LHS = quantize_for_k_grouped(X, SIZES)
+K_RHS = quantize_for_k_grouped(ONES((10, 48)), SIZES)
+
+
+def m_grouped(lhs=LHS, rhs=RHS, sizes=SIZES, **kwargs):
+  return m_grouped_gemm(lhs, rhs, sizes, **kwargs)
+
+
+def k_grouped(lhs=K_LHS, rhs=K_RHS, sizes=SIZES, **kwargs):
+  return k_grouped_gemm(lhs, rhs, sizes, **kwargs)
+
+
+def dot(lhs=X, rhs=W, sizes=SIZES, **kwargs):
+  return ragged_dot(lhs, rhs, sizes, **kwargs)
+
+
+def for_k_grouped(x=X, sizes=SIZES, **kwargs):
+  return quantize_for_k_grouped(x, sizes, **kwargs)
+
+
+def scaled(scales, dtype=jnp.float32):
+  values = jnp.zeros((10, 32), jnp.float8_e4m3fn)
+  return ScaledArray(values, ONES(scales, dtype), (1, 128))
+
+
+# Every call that takes group sizes.
+SIZED = [m_grouped, k_grouped, dot, for_k_grouped]
+TOO_BIG = Config(tile_n=192, num_stages=8)
+CASES = [
+  # Group sizes.
+  *(
+    case
+    for call in SIZED
+    for case in (
+      (call, {"sizes": ONES(2)}, TypeError, "integers, got float32"),
+      (call, {"sizes": SIZES[None]}, ValueError, r"axis.*\(1, 2\)"),
+    )
+  ),
+  (m_grouped, {"sizes": SIZES[:1]}, ValueError, "each of the 2 groups.*got 1"),
+  (dot, {"sizes": SIZES[:1]}, ValueError, "each of the 2 groups.*got 1"),
+  (
+    m_grouped,
+    {"group_offset": jnp.array([1, 2])},
+    ValueError,
+    r"shape \(1,\), got \(2,\)",
+  ),
+  (m_grouped, {"group_offset": 0.5}, TypeError, "group_offset.*float32"),
+  (
+    m_grouped,
+    {"group_offset": 0, "sizes": SIZES[:1]},
+    ValueError,
+    "at least one entry for each of the 2.*got 1",
+  ),
+  (
+    for_k_grouped,
+    {"group_offset": 0},
+    ValueError,
+    "together.*group_offset=0, num_groups=None",
+  ),
+  (
+    for_k_grouped,
+    {"group_offset": 0, "num_groups": 0},
+    ValueError,
+    "at least 1 group, got 0",
+  ),
+  # Quantisation.
+  (quantize, {"x": ONES((4, 4), int)}, TypeError, "x must be.*got int32"),
+  (quantize, {"dtype": jnp.float16}, TypeError, "e4m3fn.*got float16"),
+  (quantize, {"block_shape": (128,)}, ValueError, r"\(4, 4\), got \(128,\)"),
+  (quantize, {"block_shape": (1, 0)}, ValueError, r"positive.*\(1, 0\)"),
+  (quantize, {"implementation": "cuda"}, ValueError, "one of.*got 'cuda'"),
+  (quantize, {"implementation": "interpret"}, NotImplementedError, "no kernel"),
+  (
+    for_k_grouped,
+    {"x": ONES(10)},
+    ValueError,
+    r"features\), got shape \(10,\)",
+  ),
+  # Operands of the GEMMs.
+  (m_grouped, {"lhs": ONES((10, 32))}, TypeError, "lhs must be a ScaledArray"),
+  (m_grouped, {"lhs": RHS}, ValueError, r"\(m, k\).*\(1, 128\).*\(2, 48, 32\)"),
+  (
+    m_grouped,
+    {"rhs": quantize(ONES((2, 48, 32)), (1, 1, 128))},
+    ValueError,
+    r"blocks of \(1, 128, 128\), got .* \(1, 1, 128\)",
+  ),
+  (
+    m_grouped,
+    {"lhs": quantize(ONES((10, 64)), (1, 128))},
+    ValueError,
+    r"one k, got \(10, 64\) and \(2, 48, 32\)",
+  ),
+  (
+    m_grouped,
+    {"lhs": scaled((10, 2))},
+    ValueError,
+    r"\(10, 32\) \(10, 1\), got \(10, 2\)",
+  ),
+  (
+    m_grouped,
+    {"lhs": scaled((10, 1), jnp.bfloat16)},
+    TypeError,
+    "lhs.scales must be one of float32, got bfloat16",
+  ),
+  (
+    m_grouped,
+    {"lhs": ScaledArray(ONES((10, 32)), ONES((10, 1)), (1, 128))},
+    TypeError,
+    "lhs.values must be.*got float32",
+  ),
+  (
+    k_grouped,
+    {"rhs": quantize(ONES((48, 512)), (1, 128))},
+    ValueError,
+    r"one t_padded.*\(32, 256\) and \(48, 512\)",
+  ),
+  (
+    k_grouped,
+    {"lhs": scaled((10, 1)), "rhs": scaled((10, 1))},
+    ValueError,
+    r"multiple of 128, got \(10, 32\)",
+  ),
+  (
+    k_grouped,
+    {"accumulator": ONES((2, 48, 32))},
+    ValueError,
+    r"\(2, 32, 48\), got \(2, 48, 32\)",
+  ),
+  (
+    k_grouped,
+    {"accumulator": ONES((2, 32, 48), jnp.bfloat16)},
+    TypeError,
+    "accumulator must be.*float32, got bfloat16",
+  ),
+  # What both GEMMs take.
+  *(
+    case
+    for call in (m_grouped, k_grouped)
+    for case in (
+      (
+        call,
+        {"preferred_element_type": jnp.int32},
+        TypeError,
+        "a float, got int32",
+      ),
+      (call, {"config": 192}, TypeError, "Config or None, got 192"),
+      (call, {"config": TOO_BIG}, ValueError, "num_stages=8.*needs.*232448"),
+      (call, {"implementation": "gpu"}, ValueError, "one of.*got 'gpu'"),
+      (
+        call,
+        {"implementation": "mosaic_gpu", "preferred_element_type": jnp.float16},
+        NotImplementedError,
+        "bfloat16, float32, got float16",
+      ),
+    )
+  ),
+  # What the kernels do not support.
+  (
+    m_grouped,
+    {
+      "lhs": quantize(ONES((10, 40)), (1, 128)),
+      "rhs": quantize(ONES((2, 48, 40)), (1, 128, 128)),
+      "implementation": "mosaic_gpu",
+    },
+    NotImplementedError,
+    "multiple of 16, got k=40",
+  ),
+  (
+    m_grouped,
+    {
+      "rhs": quantize(ONES((2, 20, 32)), (1, 128, 128)),
+      "implementation": "interpret",
+    },
+    NotImplementedError,
+    "multiple of 16, got n=20",
+  ),
+  (
+    m_grouped,
+    {
+      "lhs": quantize(ONES((10, 32)), (1, 128), dtype=jnp.float8_e5m2),
+      "implementation": "mosaic_gpu",
+    },
+    NotImplementedError,
+    "e4m3fn values only, got lhs float8_e5m2",
+  ),
+  (
+    k_grouped,
+    {
+      "lhs": quantize_for_k_grouped(ONES((10, 24)), SIZES),
+      "implementation": "mosaic_gpu",
+    },
+    NotImplementedError,
+    "multiple of 16, got m=24",
+  ),
+  (
+    k_grouped,
+    {
+      "accumulator": ONES((2, 32, 48)),
+      "preferred_element_type": jnp.bfloat16,
+      "implementation": "mosaic_gpu",
+    },
+    NotImplementedError,
+    "accumulator.*got bfloat16",
+  ),
+  # ragged_dot.
+  (dot, {"lhs": ONES(10)}, TypeError, r"\(m, k\), got shape \(10,\)"),
+  (dot, {"rhs": ONES((32, 48))}, TypeError, r"\(g, k, n\).*\(32, 48\)"),
+  (dot, {"lhs": ONES((10, 32), int)}, TypeError, "lhs must be.*got int32"),
+  (dot, {"lhs": ONES((10, 33))}, TypeError, "33"),
+  (dot, {"recipe": "fp8"}, TypeError, "a Recipe, got 'fp8'"),
+  (dot, {"implementation": "gpu"}, ValueError, "one of.*got 'gpu'"),
+  # Recipe and Config.
+  (Recipe, {"forward": "fp4"}, ValueError, "forward.*'fp8'.*got 'fp4'"),
+  (Recipe, {"wgrad": None}, ValueError, "wgrad.*got None"),
+  (Recipe, {"gradient_dtype": jnp.int8}, TypeError, "gradient_dtype.*int8"),
+  (Recipe, {"power_of_two_scales": 1}, TypeError, "a bool, got 1"),
+  (Config, {"tile_n": 96}, ValueError, r"\(64, 128, 192\), got 96"),
+  (Config, {"cluster": 4}, ValueError, r"\(1, 2\), got 4"),
+  (Config, {"num_stages": 1}, ValueError, "at least 2, got 1"),
+  (Config, {"raster_width": 0}, ValueError, "at least 1, got 0"),
+  (Config, {"num_sms": 1}, ValueError, "cluster=2, got 1"),
+]
+
+
+def case_id(case):
+  call, kwargs, error, _ = case
+  return f"{call.__name__}-{'-'.join(kwargs)}-{error.__name__}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_message(case):
+  call, kwargs, error, message = case
+  if call is quantize:
+    kwargs = {"x": ONES((4, 4)), "block_shape": (1, 128)} | kwargs
+  with pytest.raises(error) as raised:
+    call(**kwargs)
+  text = str(raised.value)
+  assert re.search(message, text, re.S), text
+
+
+@pytest.mark.parametrize("call", [m_grouped, k_grouped, dot])
+def test_kernel_on_a_cpu(call):
+  with pytest.raises(NotImplementedError, match="needs a Hopper GPU.*for cpu"):
+    call(implementation="mosaic_gpu")
+
+
+def pretend(monkeypatch, capability):
+  """Makes a GPU the default device, for what is traced and not run."""
+  gpu = SimpleNamespace(
+    platform="gpu", compute_capability=capability, device_kind="NVIDIA A100"
+  )
+  monkeypatch.setattr(implementation, "default_device", lambda: gpu)
+
+
+def traced(call, **kwargs):
+  # A new function: one traced before would not be traced again.
+  return str(jax.make_jaxpr(lambda: call(**kwargs))())
+
+
+@pytest.mark.parametrize("call", [m_grouped, k_grouped, dot])
+def test_kernel_on_another_gpu(call, monkeypatch):
+  pretend(monkeypatch, "8.0")
+  with pytest.raises(
+    NotImplementedError, match=r"9.0 \(Hopper\), got NVIDIA A100 of 8.0"
+  ):
+    call(implementation="mosaic_gpu")
+  assert "sm90" not in traced(call)
+
+
+@pytest.mark.parametrize("call", [m_grouped, k_grouped, dot])
+def test_kernel_is_the_default_on_hopper(call, monkeypatch):
+  pretend(monkeypatch, "9.0")
+  assert "sm90" in traced(call)
+  assert "sm90" not in traced(call, implementation="xla")
+
+
+def test_unsupported_problems_run_on_hopper(monkeypatch):
+  pretend(monkeypatch, "9.0")
+  rhs = quantize(ONES((2, 20, 32)), (1, 128, 128))
+  assert "sm90" not in traced(m_grouped, rhs=rhs)
+
+
+def test_errors_come_when_traced():
+  with pytest.raises(ValueError, match="each of the 2 groups"):
+    jax.eval_shape(m_grouped, LHS, RHS, SIZES[:1])
