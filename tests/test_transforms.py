@@ -1,0 +1,436 @@
+"""Every public function under every transformation of JAX.
+
+Operands are small integers and scales powers of two: quantisation loses
+nothing, products and sums are exact in any order, so results must be equal.
+"""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hopper import compile_for_hopper
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
+
+from jax_grouped_gemm import (
+  Recipe,
+  k_grouped_gemm,
+  m_grouped_gemm,
+  quantize,
+  quantize_for_k_grouped,
+  ragged_dot,
+)
+
+M, K, N, G = 12, 32, 48, 4
+BATCH = 2
+RECIPES = {"fp8": Recipe(power_of_two_scales=True), "bf16": Recipe.bf16()}
+SIZES = jnp.array([[5, 0, 3, 1], [0, 1, 1, 10]])
+recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+
+quantize = functools.partial(quantize, power_of_two_scales=True)
+quantize_for_k_grouped = functools.partial(
+  quantize_for_k_grouped, power_of_two_scales=True
+)
+
+
+def integers(*shape, seed=0):
+  rng = np.random.default_rng((seed, *shape))
+  return jnp.asarray(rng.integers(-4, 5, shape), jnp.float32)
+
+
+def quantize_tokens(x):
+  return quantize(x, (1, 128))
+
+
+def quantize_weights(x):
+  return quantize(x, (1, 128, 128))
+
+
+def gradients(recipe, implementation=None):
+  """Returns fn(lhs, rhs, sizes) -> (out, d(lhs), d(rhs)) of ragged_dot."""
+
+  def run(lhs, rhs, sizes, group_offset=None):
+    dot = functools.partial(
+      ragged_dot,
+      group_sizes=sizes,
+      group_offset=group_offset,
+      recipe=recipe,
+      implementation=implementation,
+    )
+    out, vjp = jax.vjp(dot, lhs, rhs)
+    return out, *vjp(out % 7 - 3)  # Small integers too.
+
+  return run
+
+
+def k_grouped(lhs, rhs, sizes):
+  return k_grouped_gemm(
+    quantize_for_k_grouped(lhs, sizes),
+    quantize_for_k_grouped(rhs, sizes),
+    sizes,
+  )
+
+
+def m_grouped(lhs, rhs, sizes):
+  return m_grouped_gemm(quantize_tokens(lhs), quantize_weights(rhs), sizes)
+
+
+# (function, arguments with a batch axis in front) for jax.vmap and others.
+FUNCTIONS = {
+  "ragged_dot": (
+    gradients(RECIPES["fp8"]),
+    (integers(BATCH, M, K), integers(BATCH, G, K, N), SIZES),
+  ),
+  "ragged_dot-bf16": (
+    gradients(RECIPES["bf16"]),
+    (integers(BATCH, M, K), integers(BATCH, G, K, N), SIZES),
+  ),
+  "ragged_dot-lax": (
+    gradients(RECIPES["bf16"], "mosaic_gpu"),
+    (integers(BATCH, M, K), integers(BATCH, G, K, N), SIZES),
+  ),
+  "m_grouped_gemm": (
+    m_grouped,
+    (integers(BATCH, M, K), integers(BATCH, G, N, K), SIZES),
+  ),
+  "k_grouped_gemm": (
+    k_grouped,
+    (integers(BATCH, M, K), integers(BATCH, M, N), SIZES),
+  ),
+  "quantize": (quantize_tokens, (integers(BATCH, M, K),)),
+  "quantize_for_k_grouped": (
+    quantize_for_k_grouped,
+    (integers(BATCH, M, K), SIZES),
+  ),
+}
+functions = pytest.mark.parametrize(
+  "fn, args", FUNCTIONS.values(), ids=FUNCTIONS
+)
+
+
+def at(args, *index):
+  return jax.tree.map(lambda x: x[index], args)
+
+
+@recipes
+def test_operands_are_exact(recipe):
+  """Integers come out of both recipes as NumPy multiplies them."""
+  lhs, rhs, sizes = integers(M, K), integers(G, K, N), SIZES[0]
+  rows = oracle.group_rows(sizes, M)
+  out, dlhs, drhs = gradients(recipe)(lhs, rhs, sizes)
+  dout = np.asarray(out) % 7 - 3
+  np.testing.assert_array_equal(out, oracle.m_grouped(lhs, rhs.mT, rows))
+  np.testing.assert_array_equal(dlhs, oracle.m_grouped(dout, rhs, rows))
+  np.testing.assert_array_equal(drhs, oracle.k_grouped(lhs.T, dout.T, rows))
+
+
+@functions
+def test_jit(fn, args):
+  """Sizes are data: traced once for all, and never moved to the host."""
+  traces = []
+
+  @jax.jit
+  def jitted(*args):
+    traces.append(args)
+    return fn(*args)
+
+  first, second = at(args, 0), at(args, 1)
+  equal(jitted(*first), fn(*first))
+  with jax.transfer_guard("disallow"):
+    results = jax.block_until_ready(jitted(*second))
+  equal(results, fn(*second))
+  assert len(traces) == 1
+
+
+@functions
+def test_vmap(fn, args):
+  """Over any of the operands, the others being shared."""
+  loop = functools.cache(lambda *index: fn(*map(at, args, index)))
+  for mapped in itertools.product([True, False], repeat=len(args)):
+    if not any(mapped):
+      continue
+    in_axes = [0 if axis else None for axis in mapped]
+    operands = [
+      x if axis else x[0] for x, axis in zip(args, mapped, strict=True)
+    ]
+    results = jax.jit(jax.vmap(fn, in_axes))(*operands)
+    for i in range(BATCH):
+      equal(at(results, i), loop(*(i if axis else 0 for axis in mapped)))
+
+
+@recipes
+def test_vmap_over_other_axes(recipe):
+  args = FUNCTIONS["ragged_dot"][1]
+  dot = functools.partial(ragged_dot, recipe=recipe)
+  in_axes = 2, 3, 1
+  moved = [jnp.moveaxis(x, 0, i) for x, i in zip(args, in_axes, strict=True)]
+  out = jax.vmap(dot, in_axes, out_axes=1)(*moved)
+  for i in range(BATCH):
+    equal(out[:, i], dot(*at(args, i)))
+
+
+@recipes
+def test_vmap_of_vmap(recipe):
+  lhs, rhs, sizes = integers(2, 3, M, K), integers(3, G, K, N), SIZES
+  run = gradients(recipe)
+  inner = jax.vmap(run, in_axes=(0, 0, None))
+  results = jax.jit(jax.vmap(inner, in_axes=(0, None, 0)))(lhs, rhs, sizes)
+  for i, j in itertools.product(range(2), range(3)):
+    equal(at(results, i, j), run(lhs[i, j], rhs[j], sizes[i]))
+
+
+@recipes
+def test_checkpoint(recipe):
+  lhs, rhs, sizes = at(FUNCTIONS["ragged_dot"][1], 0)
+
+  def loss(wrap, lhs, rhs):
+    dot = wrap(functools.partial(ragged_dot, recipe=recipe))
+    return jnp.sum(dot(lhs, rhs, sizes) * (integers(M, N)))
+
+  grad = jax.grad(loss, (1, 2))
+  rematerialized = jax.jit(grad, static_argnums=0)(jax.checkpoint, lhs, rhs)
+  equal(rematerialized, grad(lambda fn: fn, lhs, rhs))
+
+
+@recipes
+def test_scan_over_weights(recipe):
+  _, rhs, sizes = at(FUNCTIONS["ragged_dot"][1], 0)
+  rhs = jnp.stack([rhs[:, :, :K], rhs[:, :, -K:]])
+
+  def layer(x, weights):
+    return ragged_dot(x, weights, sizes, recipe=recipe) % 5 - 2, None
+
+  def scanned(x, rhs):
+    return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, rhs)[0])
+
+  def unrolled(x, rhs):
+    for weights in rhs:
+      x, _ = layer(x, weights)
+    return jnp.sum(x)
+
+  results, expected = (
+    jax.jit(jax.value_and_grad(fn, (0, 1)))(integers(M, K), rhs)
+    for fn in (scanned, unrolled)
+  )
+  equal(results, expected)
+
+
+def test_scan_over_scaled_arrays():
+  lhs, rhs, sizes = FUNCTIONS["m_grouped_gemm"][1]
+  operands = (
+    jax.vmap(quantize_tokens)(lhs),
+    jax.vmap(quantize_weights)(rhs),
+    sizes,
+  )
+  step = lambda carry, args: (carry, m_grouped_gemm(*args))
+  _, results = jax.jit(lambda xs: jax.lax.scan(step, None, xs))(operands)
+  for i in range(BATCH):
+    equal(results[i], m_grouped(lhs[i], rhs[i], sizes[i]))
+
+
+# ---------------------------------------------------------------- shard_map
+
+
+def mesh(axis_type=jax.sharding.AxisType.Auto):
+  return jax.sharding.Mesh(jax.devices("cpu")[:2], "x", (axis_type,))
+
+
+@recipes
+def test_shard_map_of_experts(recipe):
+  """Each device holds half of the weights and tells where they begin."""
+  lhs, rhs, sizes = at(FUNCTIONS["ragged_dot"][1], 0)
+  run = gradients(recipe)
+
+  def local(lhs, rhs, sizes):
+    offset = jax.lax.axis_index("x")[None] * rhs.shape[0]
+    dot = functools.partial(
+      ragged_dot, group_sizes=sizes, group_offset=offset, recipe=recipe
+    )
+    out, vjp = jax.vjp(lambda *xs: jax.lax.psum(dot(*xs), "x"), lhs, rhs)
+    return out, *vjp(out % 7 - 3)
+
+  sharded = jax.shard_map(
+    local,
+    mesh=mesh(),
+    in_specs=(P(), P("x"), P()),
+    out_specs=(P(), P(), P("x")),
+  )
+  equal(jax.jit(sharded)(lhs, rhs, sizes), run(lhs, rhs, sizes))
+
+
+@recipes
+def test_shard_map_of_tokens(recipe):
+  """Each device has its own rows and sizes; weights are shared."""
+  lhs, rhs, sizes = FUNCTIONS["ragged_dot"][1]
+  run = gradients(recipe)
+  sharded = jax.shard_map(
+    lambda lhs, rhs, sizes: run(lhs, rhs, sizes[0]),
+    mesh=mesh(),
+    in_specs=(P("x"), P(), P("x")),
+    out_specs=(P("x"), P("x"), P()),
+  )
+  out, dlhs, drhs = jax.jit(sharded)(lhs.reshape(-1, K), rhs[0], sizes)
+  shards = [run(lhs[i], rhs[0], sizes[i]) for i in range(BATCH)]
+  equal(out, jnp.concatenate([shard[0] for shard in shards]))
+  equal(dlhs, jnp.concatenate([shard[1] for shard in shards]))
+  equal(drhs, shards[0][2] + shards[1][2])
+
+
+@pytest.mark.parametrize(
+  "name", ["m_grouped_gemm", "k_grouped_gemm", "quantize_for_k_grouped"]
+)
+def test_shard_map_of_other_functions(name):
+  fn, args = FUNCTIONS[name]
+  expected = [fn(*at(args, i)) for i in range(BATCH)]
+  for mapped in itertools.product([True, False], repeat=len(args)):
+    if not any(mapped):
+      continue
+    operands = [
+      x if axis else x[0] for x, axis in zip(args, mapped, strict=True)
+    ]
+
+    def local(*args, mapped=mapped):
+      args = (x[0] if axis else x for x, axis in zip(args, mapped, strict=True))
+      return jax.tree.map(lambda x: x[None], fn(*args))
+
+    sharded = jax.shard_map(
+      local,
+      mesh=mesh(),
+      in_specs=tuple(P("x") if axis else P() for axis in mapped),
+      out_specs=P("x"),
+    )
+    results = jax.jit(sharded)(*operands)
+    equal(at(results, 0), expected[0])
+    if all(mapped):
+      equal(at(results, 1), expected[1])
+
+
+@recipes
+def test_out_sharding(recipe):
+  """On a mesh of explicit axes, as jax.lax.ragged_dot has it."""
+  lhs, rhs, sizes = at(FUNCTIONS["ragged_dot"][1], 0)
+  expected = ragged_dot(lhs, rhs, sizes, recipe=recipe)
+  explicit = mesh(jax.sharding.AxisType.Explicit)
+  with jax.set_mesh(explicit):
+    lhs = jax.device_put(lhs, jax.NamedSharding(explicit, P("x")))
+    dot = functools.partial(ragged_dot, out_sharding=P("x"), recipe=recipe)
+    out = jax.jit(dot)(lhs, rhs, sizes)
+    assert jax.typeof(out).sharding.spec == P("x", None)
+    equal(out, expected)
+
+
+# ---------------------------------------------------------------- export
+
+
+def reload(fn, *args, platforms):
+  exported = jax.export.export(jax.jit(fn), platforms=platforms)(*args)
+  return jax.export.deserialize(exported.serialize())
+
+
+@functions
+def test_export(fn, args):
+  args = at(args, 0)
+  equal(reload(fn, *args, platforms=["cpu"]).call(*args), fn(*args))
+
+
+def test_export_of_scaled_arrays():
+  lhs, rhs, sizes = at(FUNCTIONS["m_grouped_gemm"][1], 0)
+  args = quantize_tokens(lhs), quantize_weights(rhs), sizes
+  exported = reload(m_grouped_gemm, *args, platforms=["cpu"])
+  equal(exported.call(*args), m_grouped_gemm(*args))
+  exported = reload(quantize_tokens, lhs, platforms=["cpu"])
+  equal(exported.call(lhs), quantize_tokens(lhs))
+
+
+@recipes
+def test_export_of_kernels_without_a_gpu(recipe):
+  args = at(FUNCTIONS["ragged_dot"][1], 0)
+  run = gradients(recipe, "mosaic_gpu")
+  exported = reload(run, *args, platforms=["cuda"])
+  assert exported.platforms == ("cuda",)
+  kernels = exported.mlir_module().count("mosaic_gpu_v2")
+  assert kernels == (3 if recipe.forward == "fp8" else 0)
+  chex.assert_trees_all_equal_shapes_and_dtypes(
+    jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), exported.out_avals),
+    (jnp.zeros((M, N)), *args[:2]),
+  )
+
+
+# Each takes fn and operands with a batch axis in front.
+COMPOSED = {
+  "vmap": lambda fn, *args: jax.vmap(fn)(*args),
+  "scan": lambda fn, *args: jax.lax.map(lambda xs: fn(*xs), args),
+  "checkpoint": lambda fn, *args: jax.checkpoint(fn)(*at(args, 0)),
+  "shard_map": lambda fn, *args: jax.shard_map(
+    lambda *args: jax.tree.map(lambda x: x[None], fn(*at(args, 0))),
+    mesh=mesh(),
+    in_specs=P("x"),
+    out_specs=P("x"),
+  )(*args),
+}
+
+
+@pytest.mark.parametrize("transform", COMPOSED.values(), ids=COMPOSED)
+def test_kernels_lower_for_cuda_without_a_gpu(transform):
+  args = FUNCTIONS["ragged_dot"][1]
+  run = gradients(RECIPES["fp8"], "mosaic_gpu")
+  traced = jax.jit(functools.partial(transform, run)).trace(*args)
+  lowered = traced.lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu_v2" in lowered.as_text()
+
+
+@recipes
+def test_gradients_compile_for_hopper(recipe):
+  args = at(FUNCTIONS["ragged_dot"][1], 0)
+  compile_for_hopper(gradients(recipe, "mosaic_gpu"), *args)
+
+
+# ---------------------------------------------------------------- checkify
+
+
+# Each takes group sizes only, of G groups in M rows.
+CHECKED = {
+  "ragged_dot": lambda s: ragged_dot(integers(M, K), integers(G, K, N), s),
+  "m_grouped_gemm": lambda s: m_grouped(integers(M, K), integers(G, N, K), s),
+  "quantize_for_k_grouped": lambda s: (
+    quantize_for_k_grouped(integers(M, K), s).scales
+  ),
+  "k_grouped_gemm": lambda s: k_grouped_gemm(
+    *[quantize(integers(n, 512), (1, 128)) for n in (K, N)], s
+  ),
+  "gradient": lambda s: gradients(RECIPES["fp8"])(
+    integers(M, K), integers(G, K, N), s
+  )[2],
+}
+TRANSFORMS = {
+  "jit": lambda fn: lambda s: jax.jit(fn)(s),
+  "vmap": lambda fn: lambda s: jax.vmap(fn)(jnp.stack([SIZES[0], s])),
+  "scan": lambda fn: (
+    lambda s: jax.lax.scan(
+      lambda _, s: (None, fn(s)), None, jnp.stack([SIZES[0], s])
+    )
+  ),
+  "grad": lambda fn: lambda s: jax.grad(lambda x: jnp.sum(x * fn(s)))(1.0),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("name", CHECKED)
+def test_checkify_reports_bad_sizes(name, transform):
+  checked = jax.jit(checkify.checkify(transform(CHECKED[name])))
+  rows = 512 if name == "k_grouped_gemm" else M
+
+  def message(sizes):
+    return checked(jnp.array(sizes))[0].get()
+
+  assert message([0, 5, rows - 5, 0]) is None
+  assert message([0, 0, 0, 0]) is None
+  assert "must not be negative, got" in message([3, -1, 2, 0])
+  assert f"at most the {rows} rows, got" in message([rows, 0, 0, 1])
+  assert f"at most the {rows} rows" in message([2**31 - 1, 2**31 - 1, 2, 0])
