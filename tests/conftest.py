@@ -13,8 +13,6 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-import jax_grouped_gemm  # noqa: E402
-
 jax.config.update("jax_num_cpu_devices", 2)  # for jax.shard_map
 
 hypothesis.settings.register_profile(

@@ -10,10 +10,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jax_grouped_gemm import ScaledArray, m_grouped_gemm, quantize
+from jax_grouped_gemm import Config, ScaledArray, m_grouped_gemm, quantize
 
 BIG, SMALL = 2**31 - 1, -(2**31)
 F32 = jnp.float32
+
+
+@pytest.fixture
+def gemm_options(implementation):
+  """An implementation, and few and small tiles to interpret."""
+  config = Config(tile_n=64, cluster=1, num_stages=2, num_sms=2)
+  return {"implementation": implementation, "config": config}
 
 
 def make(m, n, k, g):
@@ -201,7 +208,7 @@ SIZES = st.integers(-2, 70) | st.sampled_from([SMALL, BIG])
 @example((60, 48, 80, 5), [12, 12, 12, 12, 12])
 @given(st.sampled_from(SHAPES), st.lists(SIZES, min_size=5, max_size=5))
 def test_any_sizes(shape, sizes):
-  """With sizes that are no multiples of 16 too, which kernels do not support."""
+  """Shapes that kernels do not support too."""
   lhs, rhs = make(*shape)
   run(lhs, rhs, sizes[: shape[-1]], implementation="xla")
 
