@@ -40,10 +40,15 @@ def run(lhs, rhs, sizes, **options):
   return np.asarray(out)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, F32])
 @pytest.mark.parametrize(
-  "n, k",
-  [(16, 128), (48, 16), (64, 80), (80, 144), (144, 400), (272, 256)],
+  "n, k, dtype",
+  [
+    (16, 128, jnp.bfloat16),
+    (48, 16, F32),
+    (64, 80, jnp.bfloat16),
+    (144, 400, F32),
+    (272, 256, jnp.bfloat16),
+  ],
 )
 def test_ragged(gemm_options, n, k, dtype):
   run(
@@ -80,7 +85,7 @@ def test_sizes(gemm_options, sizes):
   run(*make(150, 32, 144, 6), sizes, **gemm_options)
 
 
-@pytest.mark.parametrize("m", [1, 7, 8, 9])
+@pytest.mark.parametrize("m", [1, 9])
 def test_few_rows(gemm_options, m):
   run(*make(m, 16, 16, 2), [0, m], **gemm_options)
 
@@ -177,7 +182,7 @@ def unpadded(x):
   return ScaledArray(values, x.scales, x.block_shape)
 
 
-@pytest.mark.parametrize("n, k", [(16, 16), (80, 144), (144, 400)])
+@pytest.mark.parametrize("n, k", [(16, 16), (80, 144)])
 def test_operands_without_padding(gemm_options, n, k):
   lhs, rhs = make(21, n, k, 3)
   expected = run(lhs, rhs, [4, 6, 7], **gemm_options)
