@@ -117,7 +117,9 @@ def test_carry_of_a_scan():
   x = make((5, 300), (1, 128))
   step = lambda x, _: (quantize(x.dequantize(), (1, 128)), None)
   out, _ = jax.lax.scan(step, x, None, length=2)
-  assert_same(out, x)  # Quantising what is quantised changes nothing.
+  assert jax.tree.structure(out) == jax.tree.structure(x)
+  # What is quantised stays what it is, but for the rounding of its scales.
+  np.testing.assert_allclose(out.dequantize(), x.dequantize(), rtol=2**-21)
 
 
 def test_more_blocks_than_axes():
