@@ -24,6 +24,7 @@ def text(tmp_path):
   return f"--text={path}"
 
 
+@pytest.mark.slow
 def test_trains_both_recipes(text, tmp_path, capsys):
   plot, numbers = tmp_path / "new" / "curves.png", tmp_path / "new" / "run.json"
   flags = [text, f"--plot={plot}", f"--json={numbers}", "--learning-rate=0.01"]
@@ -52,6 +53,7 @@ def test_trains_both_recipes(text, tmp_path, capsys):
   assert out.count("Sample:") == 2
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_the_curves(text, tmp_path):
   plot, numbers = tmp_path / "curves.png", tmp_path / "run.json"
   flags = [
@@ -107,6 +109,7 @@ def test_bad_argument_gives_one_line(
   assert stderr.count("\n") == 1 and stderr.startswith("moe_lm.py: ")
 
 
+@pytest.mark.slow
 def test_moe_is_the_weighted_sum_of_the_chosen_experts():
   s = dataclasses.replace(SETTINGS, top_k=3)
   params = moe_lm.init(jax.random.key(0), s)

@@ -13,6 +13,8 @@ from jax_grouped_gemm.kernels import tuning
 from jax_grouped_gemm.kernels.k_grouped import k_grouped_gemm
 from jax_grouped_gemm.kernels.m_grouped import m_grouped_gemm
 
+pytestmark = pytest.mark.slow
+
 WIDTHS = range(16, 16_000, 16)
 DTYPES = (jnp.bfloat16, jnp.float32)
 # What the heuristic may choose, each with the least n it chooses it for.

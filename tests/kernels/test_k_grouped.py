@@ -12,6 +12,8 @@ from problems import check, k_grouped
 from jax_grouped_gemm.config import Config
 from jax_grouped_gemm.kernels.k_grouped import k_grouped_gemm
 
+pytestmark = pytest.mark.slow
+
 SMALL = Config(tile_n=64, cluster=1, num_stages=2, num_sms=2)
 
 

@@ -13,6 +13,8 @@ from problems import check, m_grouped
 from jax_grouped_gemm.config import Config
 from jax_grouped_gemm.kernels.m_grouped import m_grouped_gemm
 
+pytestmark = pytest.mark.slow
+
 SMALL = Config(tile_n=64, cluster=1, num_stages=2, num_sms=2)
 
 
