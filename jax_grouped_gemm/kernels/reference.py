@@ -95,11 +95,11 @@ def quantize_for_k_grouped(
   group = jnp.searchsorted(
     block_ends, block, side="right", method="compare_all"
   )
-  in_group = group < groups  # The last blocks may be nobody's.
+  # The last blocks may be nobody's: past all tokens of the last group.
   group = jnp.minimum(group, groups - 1)
   first = starts[group] + (block - block_starts[group]) * schedule.TOKEN_BLOCK
   token = first[:, None] + jnp.arange(schedule.TOKEN_BLOCK, dtype=jnp.int32)
-  inside = (in_group[:, None] & (token < ends[group][:, None])).reshape(-1, 1)
+  inside = (token < ends[group][:, None]).reshape(-1, 1)
   token = jnp.clip(token, 0, num_tokens - 1).reshape(-1)
   return quantize(
     jnp.where(inside, x[token], 0),
