@@ -175,16 +175,17 @@ def m_grouped_gemm(
   lhs, rhs, group_sizes, group_offset = vary_alike(
     lhs, rhs, group_sizes, group_offset
   )
-  bounds = schedule.group_bounds(group_sizes, m, group_offset, g)
   if m * n * k == 0:
     return manual_axes.zeros((m, n), out_dtype, lhs.values)
   if implementation == "xla":
+    bounds = schedule.group_bounds(group_sizes, m, group_offset, g)
     return reference.m_grouped_gemm(lhs, rhs, *bounds, out_dtype=out_dtype)
   return _run_kernel(
     m_grouped.m_grouped_gemm,
     lhs,
     rhs,
-    *bounds,
+    schedule.as_int32(group_sizes),
+    None if group_offset is None else schedule.as_int32(group_offset),
     out_dtype=out_dtype,
     config=config or tuning.m_grouped_config(m, n, k, g, out_dtype),
     interpret=implementation == "interpret",

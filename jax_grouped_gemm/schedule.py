@@ -23,6 +23,12 @@ def _clip(x: Int[Array, "..."], low: int, high: int) -> Int32[Array, "..."]:
   return x.astype(jnp.int32)
 
 
+def as_int32(x: Int[Array, "..."]) -> Int32[Array, "..."]:
+  """Returns x, cut off at the limits of int32. Nothing to do for int32."""
+  limits = jnp.iinfo(jnp.int32)
+  return x if x.dtype == jnp.int32 else _clip(x, limits.min, limits.max)
+
+
 def _saturating_cumsum(sizes: Int[Array, "g"], limit: int) -> Int32[Array, "g"]:
   """cumsum(sizes) cut off at `limit`, free of overflow for any sizes."""
   sizes = _clip(sizes, 0, limit)  # Two such sizes add up within int32.

@@ -6,8 +6,11 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
 from jax.typing import DTypeLike
+from jaxlib.mlir.dialects import llvm
 
 from jax_grouped_gemm.config import (
   COMPUTE_WGS,
@@ -34,6 +37,9 @@ def load_slices(empty: Ref, num_stages: int, k_iters, step, load_slice):
     @pl.when(step >= num_stages)
     def wait_empty():
       plgpu.barrier_wait(empty.at[slot])
+      # Orders the reads of the slot's scales before the TMA writes to come.
+      # Here, and not where they are read, it costs nothing (NOTES.md).
+      plgpu.commit_smem()
 
     load_slice(ki, slot)
     return step + 1
@@ -41,7 +47,7 @@ def load_slices(empty: Ref, num_stages: int, k_iters, step, load_slice):
   return lax.fori_loop(0, k_iters, load_next, step)
 
 
-def _drain(empty: Ref, num_stages: int, steps):
+def drain(empty: Ref, num_slots: int, steps):
   """Waits until every slot used in `steps` steps has been released.
 
   Then nothing is under way any more that a CTA of the cluster could still write
@@ -49,49 +55,95 @@ def _drain(empty: Ref, num_stages: int, steps):
   """
 
   def wait_empty(i, _):
-    step = jnp.maximum(steps - num_stages, 0) + i
-    plgpu.barrier_wait(empty.at[lax.rem(step, num_stages)])
+    step = jnp.maximum(steps - num_slots, 0) + i
+    plgpu.barrier_wait(empty.at[lax.rem(step, num_slots)])
     return 0
 
-  lax.fori_loop(0, jnp.minimum(steps, num_stages), wait_empty, 0)
+  lax.fori_loop(0, jnp.minimum(steps, num_slots), wait_empty, 0)
 
 
-def accumulate(refs, tile_n: int, k_iters, step, *, load_scales, promote, init):
+def _fresh_zeros(shape):
+  """Zeros that the assembler sees are zeros, wherever the compiler puts them.
+
+  The first product of a slice then ignores its accumulator for free. The zeros
+  of plgpu.ACC are one constant in all slices of an unrolled loop, and all but
+  one of its copies cost a move per register.
+  """
+
+  @plgpu.inline_mgpu(
+    return_type=plgpu.ShapeDtypeStruct(
+      shape, jnp.float32, layout=plgpu.Layout.WGMMA
+    )
+  )
+  def zeros(_):
+    zero = llvm.inline_asm(
+      ir.F32Type.get(), [], "mov.b32 $0, 0;", "=f", has_side_effects=True
+    )
+    return mgpu.FragmentedArray.splat(zero, shape, layout=mgpu.WGMMA_LAYOUT)
+
+  return zeros()
+
+
+def accumulate(
+  refs, tile_n: int, k_iters, step, *, load_scales, promote, init, interpret
+):
   """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
 
   The products are the warpgroup's (64, tile_n) of one k slice, whose scales
   load_scales(slot, ki) returns. While the products run on the tensor cores,
-  their scales are computed and the next slice is awaited, so that little more
-  than the promotion stands between the end of a slice's products and the start
-  of the next ones.
+  their scales are loaded and the next slice is awaited. Then little more than
+  the promotion stands between the end of a slice's products and the start of
+  the next ones, and the address arithmetic of those hides beneath it.
   """
   rows = pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
   num_stages = refs.lhs_smem.shape[0]
 
-  def compute_slice(ki, carry, is_last=False):
-    slot, acc = carry
-    next_slot = lax.select(slot == num_stages - 1, 0, slot + 1)
+  def start_products(slot):
+    """Returns products that are right only after the next wgmma_wait."""
 
-    def wgmma(products_ref):
-      plgpu.wgmma(
-        products_ref, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T
-      )
-      scales = load_scales(slot, ki)
-      if not is_last:
-        plgpu.barrier_wait(refs.full.at[next_slot])
-      return products_ref[...], scales  # Reading waits for the products.
+    def wgmma(acc):
+      if not interpret:  # It cannot run inline assembly.
+        acc[...] = _fresh_zeros(acc.shape)
+      plgpu.wgmma(acc, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T)
+      return plgpu.wgmma_accumulator_load(acc, wait_n=None)
 
-    products, scales = pl.run_scoped(wgmma, plgpu.ACC((WGMMA_M, tile_n)))
-    # Orders our reads of the slot's scales before the TMA write that reuses it.
-    # Not beside the reads: seen slower there, if only across runs (NOTES.md).
-    plgpu.commit_smem()
+    return pl.run_scoped(wgmma, plgpu.ACC((WGMMA_M, tile_n)))
+
+  def finish_products(slot, acc, products, scales):
+    plgpu.wgmma_wait(0)
+    products = lax.optimization_barrier(products)  # No use before the wait.
     plgpu.barrier_arrive(refs.empty.at[slot])
-    return next_slot, promote(acc, products, scales)
+    return lax.optimization_barrier(promote(acc, products, scales))
+
+  def compute_slice(ki, carry):
+    slot, acc, products = carry
+    next_slot = lax.select(slot == num_stages - 1, 0, slot + 1)
+    scales = load_scales(slot, ki)
+    plgpu.barrier_wait(refs.full.at[next_slot])
+    acc = finish_products(slot, acc, products, scales)
+    return next_slot, acc, start_products(next_slot)
+
+  def compute_two_slices(i, carry):
+    return compute_slice(2 * i + 1, compute_slice(2 * i, carry))
+
+  def compute_last_slice(carry):
+    slot, acc, products = carry
+    return finish_products(slot, acc, products, load_scales(slot, k_iters - 1))
 
   slot = lax.rem(step, num_stages)
   plgpu.barrier_wait(refs.full.at[slot])
-  carry = lax.fori_loop(0, k_iters - 1, compute_slice, (slot, init))
-  return compute_slice(k_iters - 1, carry, is_last=True)[1]
+  carry = (slot, init, start_products(slot))
+  carry = lax.fori_loop(0, (k_iters - 1) // 2, compute_two_slices, carry)
+  if isinstance(k_iters, int):
+    if k_iters % 2 == 0:
+      carry = compute_slice(jnp.int32(k_iters - 2), carry)
+    return compute_last_slice(carry)
+  return lax.cond(
+    k_iters % 2 == 0,
+    lambda carry: compute_last_slice(compute_slice(k_iters - 2, carry)),
+    compute_last_slice,
+    carry,
+  )
 
 
 def load_row_scales(scales_smem: Ref, slot):
@@ -158,7 +210,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     @pl.when(wg == COMPUTE_WGS)
     def load_warpgroup():
       plgpu.set_max_registers(_LOAD_REGS, action="decrease")
-      _drain(refs.empty, config.num_stages, load(refs))
+      drain(refs.empty, config.num_stages, load(refs))
 
     @pl.when(wg < COMPUTE_WGS)
     def compute_warpgroup():

@@ -24,8 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from jax_grouped_gemm import schedule
 from jax_grouped_gemm.config import (
+  COMPUTE_WGS,
   SCALE_BLOCK,
   WGMMA_M,
   Config,
@@ -35,6 +35,9 @@ from jax_grouped_gemm.kernels._pipeline import Ref
 
 _ROW_ALIGN = 8  # TMA addresses rows of swizzled SMEM tiles in groups of 8.
 _SLICE_N = 64  # columns that surely share one rhs scale, for any tile_n.
+_TILE_SLOTS = 2  # tiles announced to the compute warpgroups.
+_TILE_FIELDS = 5  # group, ni, first row loaded, first row stored, rows stored.
+_NO_GROUP, _END = -1, -2  # instead of a tile's group: rows of no group; no tile
 
 
 class _Refs(NamedTuple):
@@ -44,11 +47,8 @@ class _Refs(NamedTuple):
   lhs_scales_gmem: Ref  # (k/128, m) f32
   rhs_gmem: Ref  # (g, n, k) f8
   rhs_scales_gmem: Ref  # (g, n/128, k/128) f32
-  tiles_group: Ref  # (t,) i32 in GMEM, as are the next: see schedule.Tiles
-  tiles_row: Ref
-  tiles_start: Ref
-  tiles_size: Ref
-  tiles_count: Ref  # (1,)
+  group_sizes_gmem: Ref  # (g_all,) i32
+  group_offset_gmem: Ref  # (1,) i32: of group_sizes, the first that rhs holds
   out_gmem: Ref  # (m, n) bf16 or f32
   lhs_smem: Ref  # (stages, tile_m, 128) f8
   rhs_smem: Ref  # (stages, tile_n, 128) f8
@@ -56,38 +56,124 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, slices, 64, slice_n): _pipeline.out_smem
   full: Ref  # (stages,) 3 arrivals: lhs, rhs, lhs_scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
+  tiles_smem: Ref  # (_TILE_SLOTS, fields) i32: tiles on their way to compute
+  tiles_full: Ref  # (_TILE_SLOTS,) one arrival
+  tiles_empty: Ref  # (_TILE_SLOTS,) one arrival per compute warpgroup
 
 
-def _for_each_tile(refs: _Refs, config: Config, fn):
-  """Runs `step = fn(mi, ni, step)` on this CTA's share of the tiles.
+class _Group(NamedTuple):
+  """Where the walk over the groups is. Rows of no group follow the last one."""
 
-  `step` counts k slices and so tells the slot of SMEM.
+  index: jax.Array  # in group_sizes; past its end: rows of no group, then none
+  start: jax.Array  # first row
+  end: jax.Array  # last row + 1
+  first_tile: jax.Array  # tiles of all groups before it, counted in clusters
+
+
+def _num_groups(refs: _Refs) -> int:
+  return refs.group_sizes_gmem.shape[0]
+
+
+def _make_group(refs: _Refs, index, start, first_tile) -> _Group:
+  """Group sizes are data: whatever they hold, end is within [start, m]."""
+  groups, m = _num_groups(refs), refs.out_gmem.shape[0]
+  size = refs.group_sizes_gmem[jnp.minimum(index, groups - 1)]
+  size = lax.select(index < groups, jnp.clip(size, 0, m - start), m - start)
+  return _Group(index, start, start + size, first_tile)
+
+
+def _first_loaded_row(group: _Group):
+  """TMA starts at whole 8 rows: up to 7 rows of other groups come along."""
+  return lax.div(group.start, _ROW_ALIGN) * _ROW_ALIGN
+
+
+def _row_tiles(config: Config, group: _Group):
+  tiles = pl.cdiv(group.end - _first_loaded_row(group), config.tile_m)
+  return lax.select(group.end > group.start, tiles, 0)
+
+
+def _find_group(refs: _Refs, config: Config, tile, group: _Group) -> _Group:
+  """Walks on from `group` to the group of the tile, or past all groups."""
+
+  def next_tile(group):
+    tiles = _row_tiles(config, group) * _col_clusters(refs, config)
+    return group.first_tile + tiles
+
+  def is_later(group):
+    return (group.index <= _num_groups(refs)) & (tile >= next_tile(group))
+
+  def next_group(group):
+    return _make_group(refs, group.index + 1, group.end, next_tile(group))
+
+  return lax.while_loop(is_later, next_group, group)
+
+
+def _col_clusters(refs: _Refs, config: Config) -> int:
+  return pl.cdiv(refs.out_gmem.shape[1], config.tile_n * config.cluster)
+
+
+def _load_tiles(refs: _Refs, config: Config):
+  """Finds this CTA's tiles, announces and loads them. Returns slots filled.
+
+  Tiles of a group are visited in strips of raster_width clusters of columns.
+  A CTA's tiles only move forward, so one walk over the groups finds them all.
   """
-  cluster_n = config.tile_n * config.cluster
-  grid = (refs.tiles_count[0], pl.cdiv(refs.out_gmem.shape[1], cluster_n))
 
-  @plgpu.nd_loop(
-    (grid[0] * grid[1],), collective_axes="sm", init_carry=jnp.int32(0)
-  )
-  def last_step(info, carry):
-    mi, ni = plgpu.planar_snake(info.index[0], grid, 1, config.raster_width)
+  def load_next(state):
+    i, step, group, _ = state
+    tile = lax.axis_index("sm") + i * lax.axis_size("sm")
+    group = _find_group(refs, config, tile, group)
+    shape = (_row_tiles(config, group), _col_clusters(refs, config))
+    mi, ni = plgpu.planar_snake(
+      tile - group.first_tile, shape, 1, config.raster_width
+    )
     ni = ni * config.cluster + lax.axis_index("cta")
-    return fn(mi, ni, carry)
+    row = _first_loaded_row(group) + mi * config.tile_m
+    rhs_group = group.index - refs.group_offset_gmem[0]
+    in_rhs = (0 <= rhs_group) & (rhs_group < refs.rhs_gmem.shape[0])
+    in_rhs &= group.index < _num_groups(refs)
+    more = group.index <= _num_groups(refs)
+    rhs_group = lax.select(in_rhs, rhs_group, _NO_GROUP)
+    start = jnp.maximum(group.start - row, 0)
+    size = jnp.minimum(group.end - row, config.tile_m) - start
+    _announce(
+      refs,
+      i,
+      (lax.select(more, rhs_group, _END), ni, row, start, size),
+    )
+    k_iters = lax.select(in_rhs, _k_iters(refs), 0)
+    step = _load_tile(refs, config, rhs_group, row, ni, k_iters, step)
+    return i + 1, step, group, more
 
-  return last_step
+  zero = jnp.int32(0)
+  first = _make_group(refs, zero, zero, zero)
+  i, step, *_ = lax.while_loop(
+    lambda state: state[-1], load_next, (zero, zero, first, True)
+  )
+  _pipeline.drain(refs.tiles_empty, _TILE_SLOTS, i)
+  return step
 
 
-def _k_iters(refs: _Refs, group):
-  """The k slices of a tile; none for rows of no group."""
-  return lax.select(group < 0, 0, refs.lhs_gmem.shape[1] // SCALE_BLOCK)
+def _announce(refs: _Refs, i, fields):
+  slot = lax.rem(i, _TILE_SLOTS)
+
+  @pl.when(i >= _TILE_SLOTS)
+  def wait_empty():
+    plgpu.barrier_wait(refs.tiles_empty.at[slot])
+
+  for j, field in enumerate(fields):
+    refs.tiles_smem[slot, j] = field
+  plgpu.barrier_arrive(refs.tiles_full.at[slot])
 
 
-def _load_tile(refs: _Refs, config: Config, mi, ni, step):
+def _k_iters(refs: _Refs) -> int:
+  return refs.lhs_gmem.shape[1] // SCALE_BLOCK
+
+
+def _load_tile(refs: _Refs, config: Config, group, row, ni, k_iters, step):
   """Loads the k slices of one tile into consecutive slots."""
-  row = lax.div(refs.tiles_row[mi], _ROW_ALIGN) * _ROW_ALIGN
-  rows = pl.ds(row, config.tile_m)
+  rows = pl.ds(pl.multiple_of(row, _ROW_ALIGN), config.tile_m)
   cols = pl.ds(ni * config.tile_n, config.tile_n)
-  group = refs.tiles_group[mi]
   shared = "cta" if config.cluster > 1 else None
 
   def load_slice(ki, slot):
@@ -99,10 +185,34 @@ def _load_tile(refs: _Refs, config: Config, mi, ni, step):
     copy(refs.rhs_gmem.at[group, cols, ks], refs.rhs_smem.at[slot], full)
     copy(refs.lhs_scales_gmem.at[ki, rows], refs.lhs_scales_smem.at[slot], full)
 
-  k_iters = _k_iters(refs, group)
   return _pipeline.load_slices(
     refs.empty, config.num_stages, k_iters, step, load_slice
   )
+
+
+# ---------------------------------------------------------------- compute
+
+
+def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
+  """Computes the tiles that are announced, in their order."""
+
+  def wait_tile(i):
+    plgpu.barrier_wait(refs.tiles_full.at[lax.rem(i, _TILE_SLOTS)])
+    return refs.tiles_smem[lax.rem(i, _TILE_SLOTS), 0]
+
+  def compute_next(state):
+    i, step, group = state
+    tile = refs.tiles_smem.at[lax.rem(i, _TILE_SLOTS)]
+    _compute_tile(refs, config, tile, step, interpret)
+    plgpu.barrier_arrive(refs.tiles_empty.at[lax.rem(i, _TILE_SLOTS)])
+    step += lax.select(group == _NO_GROUP, 0, _k_iters(refs))
+    return i + 1, step, wait_tile(i + 1)
+
+  zero = jnp.int32(0)
+  i, *_ = lax.while_loop(
+    lambda state: state[-1] != _END, compute_next, (zero, zero, wait_tile(zero))
+  )
+  plgpu.barrier_arrive(refs.tiles_empty.at[lax.rem(i, _TILE_SLOTS)])
 
 
 def _load_rhs_scales(refs: _Refs, config: Config, group, ni, ki):
@@ -127,7 +237,7 @@ def _load_rhs_scales(refs: _Refs, config: Config, group, ni, ki):
   ]
 
 
-def _accumulate_tile(refs: _Refs, config: Config, group, ni, step):
+def _accumulate_tile(refs: _Refs, config: Config, group, ni, step, interpret):
   """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns."""
   shape = (WGMMA_M, _SLICE_N)
   columns = [slice(c, c + _SLICE_N) for c in range(0, config.tile_n, _SLICE_N)]
@@ -146,17 +256,18 @@ def _accumulate_tile(refs: _Refs, config: Config, group, ni, step):
   return _pipeline.accumulate(
     refs,
     config.tile_n,
-    _k_iters(refs, group),
+    _k_iters(refs),
     step,
     load_scales=load_scales,
     promote=promote,
     init=[_pipeline.wgmma_zeros(shape) for _ in columns],
+    interpret=interpret,
   )
 
 
-def _compute_tile(refs: _Refs, config: Config, mi, ni, step):
+def _compute_tile(refs: _Refs, config: Config, tile: Ref, step, interpret):
   """Computes one tile, or zeros for rows of no group, and stores its rows."""
-  group = refs.tiles_group[mi]
+  group, ni = tile[0], tile[1]
 
   def stage(slices):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -167,44 +278,50 @@ def _compute_tile(refs: _Refs, config: Config, mi, ni, step):
       value = value.astype(refs.out_gmem.dtype)
       refs.out_smem[lax.axis_index("wg"), j] = value
 
-  @pl.when(group >= 0)
+  @pl.when(group != _NO_GROUP)
   def stage_products():
-    stage(_accumulate_tile(refs, config, group, ni, step))
+    stage(_accumulate_tile(refs, config, group, ni, step, interpret))
 
-  @pl.when(group < 0)
+  @pl.when(group == _NO_GROUP)
   def stage_zeros():
     zeros = _pipeline.wgmma_zeros((WGMMA_M, _SLICE_N))
     stage([zeros] * (config.tile_n // _SLICE_N))
 
   plgpu.commit_smem()
-  _store_rows(refs, config, mi, ni)
-  return step + _k_iters(refs, group)
+  _store_rows(refs, config, tile)
 
 
-def _store_rows(refs: _Refs, config: Config, mi, ni):
+def _store_rows(refs: _Refs, config: Config, tile: Ref):
   """Stores the staged rows that belong to the tile.
 
   TMA needs static sizes, so `count` rows go out as the powers of two of its
   binary form, e.g. 5 rows as 4 + 1.
   """
   wg = lax.axis_index("wg")
-  first = refs.tiles_start[mi] - wg * WGMMA_M
+  ni, row, start, size = [tile[j] for j in range(1, 5)]
+  first = start - wg * WGMMA_M
   offset = jnp.clip(first, 0, WGMMA_M)
-  count = jnp.clip(first + refs.tiles_size[mi], 0, WGMMA_M) - offset
-  row = refs.tiles_row[mi] + wg * WGMMA_M
-  _, slices, size, slice_n = refs.out_smem.shape
-  while size > 0:
-    rows = pl.ds(row + offset, size)
+  count = jnp.clip(first + size, 0, WGMMA_M) - offset
+  row += wg * WGMMA_M
+  _, slices, _, slice_n = refs.out_smem.shape
+
+  def store(offset, num_rows):
+    rows = pl.ds(row + offset, num_rows)
     for j in range(slices):
       _pipeline.store_slice(
-        refs.out_smem.at[wg, j, pl.ds(offset, size)],
+        refs.out_smem.at[wg, j, pl.ds(offset, num_rows)],
         refs.out_gmem,
         rows,
         ni * config.tile_n + j * slice_n,
-        (count & size) != 0,
       )
-    offset = offset + (count & size)
-    size //= 2
+
+  num_rows = WGMMA_M
+  while num_rows > 0:
+    pl.when((count & num_rows) != 0)(
+      functools.partial(store, offset, num_rows)
+    )
+    offset = offset + (count & num_rows)
+    num_rows //= 2
 
 
 # ---------------------------------------------------------------- launch
@@ -215,8 +332,8 @@ def m_grouped_gemm(
   lhs_scales: Float32[Array, "m k/128"],
   rhs: Float[Array, "g n_stored k_stored"],
   rhs_scales: Float32[Array, "g n/128 k/128"],
-  starts: Int32[Array, "g"],
-  ends: Int32[Array, "g"],
+  group_sizes: Int32[Array, "g_all"],
+  group_offset: Int32[Array, "1"] | None,
   *,
   m: int,
   n: int,
@@ -224,11 +341,12 @@ def m_grouped_gemm(
   config: Config,
   interpret: bool = False,
 ) -> Float[Array, "m n"]:
-  """out[r] = lhs[r] @ rhs[g].T for starts[g] <= r < ends[g], else 0.
+  """out[r] = lhs[r] @ rhs[group of r - group_offset].T, else 0.
 
   k_stored is a multiple of 128, m_stored and n_stored are multiples of 8.
   """
-  tiles = schedule.make_tiles(starts, ends, m, config.tile_m, _ROW_ALIGN)
+  if group_offset is None:
+    group_offset = jnp.zeros((1,), jnp.int32)
   # TMA reads the scales of a tile's rows as one line, of whole 16 bytes.
   lhs_scales = jnp.pad(lhs_scales, ((0, -m % _ROW_ALIGN), (0, 0))).T
   stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
@@ -236,14 +354,9 @@ def m_grouped_gemm(
   # whole ones: other n cost a copy of out.
   slice_n = _pipeline.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
 
-  def for_each_tile(fn):
-    return lambda refs: _for_each_tile(
-      refs, config, functools.partial(fn, refs, config)
-    )
-
   out = _pipeline.launch(
-    for_each_tile(_load_tile),
-    for_each_tile(_compute_tile),
+    functools.partial(_load_tiles, config=config),
+    functools.partial(_compute_tiles, config=config, interpret=interpret),
     name="m_grouped_gemm_sm90",
     config=config,
     interpret=interpret,
@@ -256,6 +369,11 @@ def m_grouped_gemm(
       out_smem=_pipeline.out_smem(tile_n, slice_n, out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
+      tiles_smem=plgpu.SMEM((_TILE_SLOTS, _TILE_FIELDS), jnp.int32),
+      tiles_full=plgpu.Barrier(num_barriers=_TILE_SLOTS),
+      tiles_empty=plgpu.Barrier(
+        num_arrivals=COMPUTE_WGS, num_barriers=_TILE_SLOTS
+      ),
     ),
-  )(lhs, lhs_scales, rhs, rhs_scales, *tiles)
+  )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))
   return out[:, :n]

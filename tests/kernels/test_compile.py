@@ -54,7 +54,7 @@ def m_grouped_args(m, n, k, g):
     shape(g, n, k_stored, dtype=f8),
     shape(g, -(-n // 128), blocks),
     shape(g, dtype=i32),
-    shape(g, dtype=i32),
+    shape(1, dtype=i32),
   )
 
 
