@@ -84,30 +84,34 @@ def _fresh_zeros(shape):
   return zeros()
 
 
+def start_products(refs, tile_n: int, slot, interpret: bool):
+  """Starts the products of the slot, the warpgroup's (64, tile_n), unscaled.
+
+  What it returns is right only after the next wgmma_wait.
+  """
+  rows = pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
+
+  def wgmma(acc):
+    if not interpret:  # It cannot run inline assembly.
+      acc[...] = _fresh_zeros(acc.shape)
+    plgpu.wgmma(acc, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T)
+    return plgpu.wgmma_accumulator_load(acc, wait_n=None)
+
+  return pl.run_scoped(wgmma, plgpu.ACC((WGMMA_M, tile_n)))
+
+
 def accumulate(
-  refs, tile_n: int, k_iters, step, *, load_scales, promote, init, interpret
+  refs, products, k_iters, step, *, load_scales, promote, init, interpret
 ):
   """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
 
-  The products are the warpgroup's (64, tile_n) of one k slice, whose scales
-  load_scales(slot, ki) returns. While the products run on the tensor cores,
-  their scales are loaded and the next slice is awaited. Then little more than
-  the promotion stands between the end of a slice's products and the start of
-  the next ones, and the address arithmetic of those hides beneath it.
+  `products` are those of the first k slice, started. load_scales(slot, ki)
+  returns the scales of a slice. While products run on the tensor cores, their
+  scales are loaded and the next slice is awaited. So little more than the
+  promotion stands between the end of a slice's products and the start of the
+  next ones, and the address arithmetic of those hides beneath it.
   """
-  rows = pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
   num_stages = refs.lhs_smem.shape[0]
-
-  def start_products(slot):
-    """Returns products that are right only after the next wgmma_wait."""
-
-    def wgmma(acc):
-      if not interpret:  # It cannot run inline assembly.
-        acc[...] = _fresh_zeros(acc.shape)
-      plgpu.wgmma(acc, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T)
-      return plgpu.wgmma_accumulator_load(acc, wait_n=None)
-
-    return pl.run_scoped(wgmma, plgpu.ACC((WGMMA_M, tile_n)))
 
   def finish_products(slot, acc, products, scales):
     plgpu.wgmma_wait(0)
@@ -121,7 +125,8 @@ def accumulate(
     scales = load_scales(slot, ki)
     plgpu.barrier_wait(refs.full.at[next_slot])
     acc = finish_products(slot, acc, products, scales)
-    return next_slot, acc, start_products(next_slot)
+    products = start_products(refs, products.shape[1], next_slot, interpret)
+    return next_slot, acc, products
 
   def compute_two_slices(i, carry):
     return compute_slice(2 * i + 1, compute_slice(2 * i, carry))
@@ -130,9 +135,7 @@ def accumulate(
     slot, acc, products = carry
     return finish_products(slot, acc, products, load_scales(slot, k_iters - 1))
 
-  slot = lax.rem(step, num_stages)
-  plgpu.barrier_wait(refs.full.at[slot])
-  carry = (slot, init, start_products(slot))
+  carry = lax.rem(step, num_stages), init, products
   carry = lax.fori_loop(0, (k_iters - 1) // 2, compute_two_slices, carry)
   if isinstance(k_iters, int):
     if k_iters % 2 == 0:

@@ -36,8 +36,6 @@ from jax_grouped_gemm.kernels._pipeline import Ref
 _ROW_ALIGN = 8  # TMA addresses rows of swizzled SMEM tiles in groups of 8.
 _SLICE_N = 64  # columns that surely share one rhs scale, for any tile_n.
 _TILE_SLOTS = 2  # tiles announced to the compute warpgroups.
-_TILE_FIELDS = 5  # group, ni, first row loaded, first row stored, rows stored.
-_NO_GROUP, _END = -1, -2  # instead of a tile's group: rows of no group; no tile
 
 
 class _Refs(NamedTuple):
@@ -61,25 +59,44 @@ class _Refs(NamedTuple):
   tiles_empty: Ref  # (_TILE_SLOTS,) one arrival per compute warpgroup
 
 
-class _Group(NamedTuple):
-  """Where the walk over the groups is. Rows of no group follow the last one."""
+class _Tile(NamedTuple):
+  """What one CTA computes at a time."""
 
-  index: jax.Array  # in group_sizes; past its end: rows of no group, then none
+  group: jax.Array  # index in rhs
+  ni: jax.Array
+  row: jax.Array  # first row loaded, a multiple of 8
+  offset: jax.Array  # rows of other groups before the tile's own
+  size: jax.Array  # rows of its own; 0: no tile, the end
+
+
+class _Group(NamedTuple):
+  """Where the walk over the groups is. Rows of no group are a last group."""
+
+  index: jax.Array  # in group_sizes; len(group_sizes): rows of no group
   start: jax.Array  # first row
   end: jax.Array  # last row + 1
-  first_tile: jax.Array  # tiles of all groups before it, counted in clusters
+  first_tile: jax.Array  # tiles before it, counted in clusters
+  rows: jax.Array  # rows of those
 
 
-def _num_groups(refs: _Refs) -> int:
-  return refs.group_sizes_gmem.shape[0]
-
-
-def _make_group(refs: _Refs, index, start, first_tile) -> _Group:
+def _make_group(refs: _Refs, index, start, first_tile, rows) -> _Group:
   """Group sizes are data: whatever they hold, end is within [start, m]."""
-  groups, m = _num_groups(refs), refs.out_gmem.shape[0]
+  groups, m = refs.group_sizes_gmem.shape[0], refs.out_gmem.shape[0]
   size = refs.group_sizes_gmem[jnp.minimum(index, groups - 1)]
   size = lax.select(index < groups, jnp.clip(size, 0, m - start), m - start)
-  return _Group(index, start, start + size, first_tile)
+  return _Group(index, start, start + size, first_tile, rows)
+
+
+def _is_left(refs: _Refs, group: _Group):
+  """False after the last group, the rows of no group."""
+  return group.index <= refs.group_sizes_gmem.shape[0]
+
+
+def _rhs_index(refs: _Refs, group: _Group):
+  """Returns the group's index in rhs, and whether it has one."""
+  index = group.index - refs.group_offset_gmem[0]
+  in_rhs = (0 <= index) & (index < refs.rhs_gmem.shape[0])
+  return index, in_rhs & (group.index < refs.group_sizes_gmem.shape[0])
 
 
 def _first_loaded_row(group: _Group):
@@ -87,82 +104,93 @@ def _first_loaded_row(group: _Group):
   return lax.div(group.start, _ROW_ALIGN) * _ROW_ALIGN
 
 
-def _row_tiles(config: Config, group: _Group):
-  tiles = pl.cdiv(group.end - _first_loaded_row(group), config.tile_m)
-  return lax.select(group.end > group.start, tiles, 0)
+def _tiles_shape(refs: _Refs, config: Config, group: _Group, in_rhs: bool):
+  """Tiles of a group: of rows, and of columns counted in clusters."""
+  row_tiles = pl.cdiv(group.end - _first_loaded_row(group), config.tile_m)
+  wanted = (_rhs_index(refs, group)[1] == in_rhs) & (group.end > group.start)
+  col_clusters = pl.cdiv(refs.out_gmem.shape[1], config.tile_n * config.cluster)
+  return lax.select(wanted, row_tiles, 0), col_clusters
 
 
-def _find_group(refs: _Refs, config: Config, tile, group: _Group) -> _Group:
+def _find_group(refs: _Refs, config: Config, tile, group: _Group, in_rhs):
   """Walks on from `group` to the group of the tile, or past all groups."""
 
   def next_tile(group):
-    tiles = _row_tiles(config, group) * _col_clusters(refs, config)
-    return group.first_tile + tiles
-
-  def is_later(group):
-    return (group.index <= _num_groups(refs)) & (tile >= next_tile(group))
+    row_tiles, col_clusters = _tiles_shape(refs, config, group, in_rhs)
+    return group.first_tile + row_tiles * col_clusters
 
   def next_group(group):
-    return _make_group(refs, group.index + 1, group.end, next_tile(group))
+    wanted = _rhs_index(refs, group)[1] == in_rhs
+    rows = group.rows + lax.select(wanted, group.end - group.start, 0)
+    return _make_group(refs, group.index + 1, group.end, next_tile(group), rows)
 
-  return lax.while_loop(is_later, next_group, group)
-
-
-def _col_clusters(refs: _Refs, config: Config) -> int:
-  return pl.cdiv(refs.out_gmem.shape[1], config.tile_n * config.cluster)
+  return lax.while_loop(
+    lambda group: _is_left(refs, group) & (tile >= next_tile(group)),
+    next_group,
+    group,
+  )
 
 
 def _load_tiles(refs: _Refs, config: Config):
-  """Finds this CTA's tiles, announces and loads them. Returns slots filled.
+  """Announces this CTA's tiles and loads them. Returns the slots it filled.
 
-  Tiles of a group are visited in strips of raster_width clusters of columns.
-  A CTA's tiles only move forward, so one walk over the groups finds them all.
+  First those of groups that rhs holds, then those of other rows, which are
+  zeros, each ended by a tile of size 0.
+  """
+  zero = jnp.int32(0)
+  start = _make_group(refs, zero, zero, zero, zero)
+  i, step, last = _load_tiles_of(refs, config, True, zero, zero, start)
+  # Spares a second walk if there are no other rows.
+  index = lax.select(last.rows < refs.out_gmem.shape[0], zero, last.index)
+  start = _make_group(refs, index, zero, zero, zero)
+  i, step, _ = _load_tiles_of(refs, config, False, i, step, start)
+  _pipeline.drain(refs.tiles_empty, _TILE_SLOTS, i)
+  return step
+
+
+def _load_tiles_of(refs: _Refs, config: Config, in_rhs: bool, first, step, start):
+  """Returns (tiles announced, slots filled, the end of the walk).
+
+  A group's tiles are visited in strips of raster_width clusters of columns. A
+  CTA's tiles only move forward, so one walk over the groups finds them all.
   """
 
   def load_next(state):
     i, step, group, _ = state
-    tile = lax.axis_index("sm") + i * lax.axis_size("sm")
-    group = _find_group(refs, config, tile, group)
-    shape = (_row_tiles(config, group), _col_clusters(refs, config))
+    tile = lax.axis_index("sm") + (i - first) * lax.axis_size("sm")
+    group = _find_group(refs, config, tile, group, in_rhs)
+    left = _is_left(refs, group)
+    shape = _tiles_shape(refs, config, group, in_rhs)
     mi, ni = plgpu.planar_snake(
       tile - group.first_tile, shape, 1, config.raster_width
     )
     ni = ni * config.cluster + lax.axis_index("cta")
     row = _first_loaded_row(group) + mi * config.tile_m
-    rhs_group = group.index - refs.group_offset_gmem[0]
-    in_rhs = (0 <= rhs_group) & (rhs_group < refs.rhs_gmem.shape[0])
-    in_rhs &= group.index < _num_groups(refs)
-    more = group.index <= _num_groups(refs)
-    rhs_group = lax.select(in_rhs, rhs_group, _NO_GROUP)
-    start = jnp.maximum(group.start - row, 0)
-    size = jnp.minimum(group.end - row, config.tile_m) - start
-    _announce(
-      refs,
-      i,
-      (lax.select(more, rhs_group, _END), ni, row, start, size),
-    )
-    k_iters = lax.select(in_rhs, _k_iters(refs), 0)
-    step = _load_tile(refs, config, rhs_group, row, ni, k_iters, step)
-    return i + 1, step, group, more
+    offset = jnp.maximum(group.start - row, 0)
+    size = jnp.minimum(group.end - row, config.tile_m) - offset
+    rhs_index, _ = _rhs_index(refs, group)
+    tile = _Tile(rhs_index, ni, row, offset, lax.select(left, size, 0))
+    _announce(refs, i, tile)
+    if in_rhs:
+      k_iters = lax.select(left, _k_iters(refs), 0)
+      step = _load_tile(refs, config, tile, k_iters, step)
+    return i + 1, step, group, left
 
-  zero = jnp.int32(0)
-  first = _make_group(refs, zero, zero, zero)
-  i, step, *_ = lax.while_loop(
-    lambda state: state[-1], load_next, (zero, zero, first, True)
+  i, step, last, _ = lax.while_loop(
+    lambda state: state[-1], load_next, (first, step, start, True)
   )
-  _pipeline.drain(refs.tiles_empty, _TILE_SLOTS, i)
-  return step
+  return i, step, last
 
 
-def _announce(refs: _Refs, i, fields):
+def _announce(refs: _Refs, i, tile: _Tile):
   slot = lax.rem(i, _TILE_SLOTS)
 
   @pl.when(i >= _TILE_SLOTS)
   def wait_empty():
     plgpu.barrier_wait(refs.tiles_empty.at[slot])
 
-  for j, field in enumerate(fields):
-    refs.tiles_smem[slot, j] = field
+  for field, value in enumerate(tile):
+    refs.tiles_smem[slot, field] = value
   plgpu.barrier_arrive(refs.tiles_full.at[slot])
 
 
@@ -170,10 +198,10 @@ def _k_iters(refs: _Refs) -> int:
   return refs.lhs_gmem.shape[1] // SCALE_BLOCK
 
 
-def _load_tile(refs: _Refs, config: Config, group, row, ni, k_iters, step):
+def _load_tile(refs: _Refs, config: Config, tile: _Tile, k_iters, step):
   """Loads the k slices of one tile into consecutive slots."""
-  rows = pl.ds(pl.multiple_of(row, _ROW_ALIGN), config.tile_m)
-  cols = pl.ds(ni * config.tile_n, config.tile_n)
+  rows = pl.ds(pl.multiple_of(tile.row, _ROW_ALIGN), config.tile_m)
+  cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
   shared = "cta" if config.cluster > 1 else None
 
   def load_slice(ki, slot):
@@ -182,7 +210,7 @@ def _load_tile(refs: _Refs, config: Config, group, row, ni, k_iters, step):
     copy = plgpu.copy_gmem_to_smem
     lhs = refs.lhs_gmem.at[rows, ks]
     copy(lhs, refs.lhs_smem.at[slot], full, collective_axes=shared)
-    copy(refs.rhs_gmem.at[group, cols, ks], refs.rhs_smem.at[slot], full)
+    copy(refs.rhs_gmem.at[tile.group, cols, ks], refs.rhs_smem.at[slot], full)
     copy(refs.lhs_scales_gmem.at[ki, rows], refs.lhs_scales_smem.at[slot], full)
 
   return _pipeline.load_slices(
@@ -193,26 +221,66 @@ def _load_tile(refs: _Refs, config: Config, group, row, ni, k_iters, step):
 # ---------------------------------------------------------------- compute
 
 
+def _read_tile(refs: _Refs, i) -> _Tile:
+  slot = lax.rem(i, _TILE_SLOTS)
+  return _Tile(*(refs.tiles_smem[slot, j] for j in range(len(_Tile._fields))))
+
+
+def _is_tile(refs: _Refs, i):
+  """Waits until tile i is announced. False: it is the end."""
+  plgpu.barrier_wait(refs.tiles_full.at[lax.rem(i, _TILE_SLOTS)])
+  return _read_tile(refs, i).size > 0
+
+
+def _release_tile(refs: _Refs, i):
+  plgpu.barrier_arrive(refs.tiles_empty.at[lax.rem(i, _TILE_SLOTS)])
+
+
 def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
-  """Computes the tiles that are announced, in their order."""
+  """Computes the announced tiles, then stores the announced tiles of zeros.
 
-  def wait_tile(i):
-    plgpu.barrier_wait(refs.tiles_full.at[lax.rem(i, _TILE_SLOTS)])
-    return refs.tiles_smem[lax.rem(i, _TILE_SLOTS), 0]
+  A tile is stored while the first products of the next one run.
+  """
+  zeros = _pipeline.wgmma_zeros((WGMMA_M, _SLICE_N))
+  zeros = [zeros] * (config.tile_n // _SLICE_N)
 
-  def compute_next(state):
-    i, step, group = state
-    tile = refs.tiles_smem.at[lax.rem(i, _TILE_SLOTS)]
-    _compute_tile(refs, config, tile, step, interpret)
-    plgpu.barrier_arrive(refs.tiles_empty.at[lax.rem(i, _TILE_SLOTS)])
-    step += lax.select(group == _NO_GROUP, 0, _k_iters(refs))
-    return i + 1, step, wait_tile(i + 1)
+  def store_tile(i, sums):
+    @pl.when(i >= 0)
+    def store():
+      _stage(refs, sums)
+      _store_rows(refs, config, _read_tile(refs, i))
+      _release_tile(refs, i)
+
+  def compute_tile(state):
+    i, step, sums, _ = state
+    slot = lax.rem(step, config.num_stages)
+    plgpu.barrier_wait(refs.full.at[slot])
+    products = _pipeline.start_products(refs, config.tile_n, slot, interpret)
+    store_tile(i - 1, sums)
+    tile = _read_tile(refs, i)
+    sums = _accumulate_tile(refs, config, tile, products, step, interpret)
+    return i + 1, step + _k_iters(refs), sums, _is_tile(refs, i + 1)
 
   zero = jnp.int32(0)
-  i, *_ = lax.while_loop(
-    lambda state: state[-1] != _END, compute_next, (zero, zero, wait_tile(zero))
+  i, _, sums, _ = lax.while_loop(
+    lambda state: state[-1],
+    compute_tile,
+    (zero, zero, zeros, _is_tile(refs, zero)),
   )
-  plgpu.barrier_arrive(refs.tiles_empty.at[lax.rem(i, _TILE_SLOTS)])
+  store_tile(i - 1, sums)
+  _release_tile(refs, i)
+
+  def store_zeros(state):
+    i, _ = state
+    _store_rows(refs, config, _read_tile(refs, i))
+    _release_tile(refs, i)
+    return i + 1, _is_tile(refs, i + 1)
+
+  _stage(refs, zeros)
+  i, _ = lax.while_loop(
+    lambda state: state[-1], store_zeros, (i + 1, _is_tile(refs, i + 1))
+  )
+  _release_tile(refs, i)
 
 
 def _load_rhs_scales(refs: _Refs, config: Config, group, ni, ki):
@@ -237,25 +305,25 @@ def _load_rhs_scales(refs: _Refs, config: Config, group, ni, ki):
   ]
 
 
-def _accumulate_tile(refs: _Refs, config: Config, group, ni, step, interpret):
+def _accumulate_tile(refs, config: Config, tile: _Tile, products, step, interpret):
   """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns."""
   shape = (WGMMA_M, _SLICE_N)
   columns = [slice(c, c + _SLICE_N) for c in range(0, config.tile_n, _SLICE_N)]
 
   def load_scales(slot, ki):
     lhs_scales = _pipeline.load_row_scales(refs.lhs_scales_smem, slot)
-    rhs_scales = _load_rhs_scales(refs, config, group, ni, ki)
+    rhs_scales = _load_rhs_scales(refs, config, tile.group, tile.ni, ki)
     return [lhs_scales * rhs_scale for rhs_scale in rhs_scales]
 
-  def promote(accs, products, scales):
+  def promote(sums, products, scales):
     return [
       acc + products[:, cols] * lax.broadcast_in_dim(scale, shape, (0,))
-      for acc, cols, scale in zip(accs, columns, scales, strict=True)
+      for acc, cols, scale in zip(sums, columns, scales, strict=True)
     ]
 
   return _pipeline.accumulate(
     refs,
-    config.tile_n,
+    products,
     _k_iters(refs),
     step,
     load_scales=load_scales,
@@ -265,44 +333,29 @@ def _accumulate_tile(refs: _Refs, config: Config, group, ni, step, interpret):
   )
 
 
-def _compute_tile(refs: _Refs, config: Config, tile: Ref, step, interpret):
-  """Computes one tile, or zeros for rows of no group, and stores its rows."""
-  group, ni = tile[0], tile[1]
-
-  def stage(slices):
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for j in range(refs.out_smem.shape[1]):
-      col = j * refs.out_smem.shape[3]
-      value = slices[col // _SLICE_N]
-      value = value[:, col % _SLICE_N :][:, : refs.out_smem.shape[3]]
-      value = value.astype(refs.out_gmem.dtype)
-      refs.out_smem[lax.axis_index("wg"), j] = value
-
-  @pl.when(group != _NO_GROUP)
-  def stage_products():
-    stage(_accumulate_tile(refs, config, group, ni, step, interpret))
-
-  @pl.when(group == _NO_GROUP)
-  def stage_zeros():
-    zeros = _pipeline.wgmma_zeros((WGMMA_M, _SLICE_N))
-    stage([zeros] * (config.tile_n // _SLICE_N))
-
+def _stage(refs: _Refs, slices):
+  """Writes the warpgroup's slices of 64 columns to out_smem."""
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  for j in range(refs.out_smem.shape[1]):
+    col = j * refs.out_smem.shape[3]
+    value = slices[col // _SLICE_N]
+    value = value[:, col % _SLICE_N :][:, : refs.out_smem.shape[3]]
+    value = value.astype(refs.out_gmem.dtype)
+    refs.out_smem[lax.axis_index("wg"), j] = value
   plgpu.commit_smem()
-  _store_rows(refs, config, tile)
 
 
-def _store_rows(refs: _Refs, config: Config, tile: Ref):
+def _store_rows(refs: _Refs, config: Config, tile: _Tile):
   """Stores the staged rows that belong to the tile.
 
   TMA needs static sizes, so `count` rows go out as the powers of two of its
   binary form, e.g. 5 rows as 4 + 1.
   """
   wg = lax.axis_index("wg")
-  ni, row, start, size = [tile[j] for j in range(1, 5)]
-  first = start - wg * WGMMA_M
+  first = tile.offset - wg * WGMMA_M
   offset = jnp.clip(first, 0, WGMMA_M)
-  count = jnp.clip(first + size, 0, WGMMA_M) - offset
-  row += wg * WGMMA_M
+  count = jnp.clip(first + tile.size, 0, WGMMA_M) - offset
+  row = tile.row + wg * WGMMA_M
   _, slices, _, slice_n = refs.out_smem.shape
 
   def store(offset, num_rows):
@@ -312,7 +365,7 @@ def _store_rows(refs: _Refs, config: Config, tile: Ref):
         refs.out_smem.at[wg, j, pl.ds(offset, num_rows)],
         refs.out_gmem,
         rows,
-        ni * config.tile_n + j * slice_n,
+        tile.ni * config.tile_n + j * slice_n,
       )
 
   num_rows = WGMMA_M
@@ -369,7 +422,7 @@ def m_grouped_gemm(
       out_smem=_pipeline.out_smem(tile_n, slice_n, out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
-      tiles_smem=plgpu.SMEM((_TILE_SLOTS, _TILE_FIELDS), jnp.int32),
+      tiles_smem=plgpu.SMEM((_TILE_SLOTS, len(_Tile._fields)), jnp.int32),
       tiles_full=plgpu.Barrier(num_barriers=_TILE_SLOTS),
       tiles_empty=plgpu.Barrier(
         num_arrivals=COMPUTE_WGS, num_barriers=_TILE_SLOTS
