@@ -20,8 +20,9 @@ class Config:
   Attributes:
     tile_n: columns of out that one CTA computes at a time: 64, 128 or 192.
     num_stages: slots of shared memory between loading and multiplying.
-    cluster: CTAs, 1 or 2, that share each loaded lhs tile; they work on
-      neighbouring columns.
+    cluster: CTAs, 1 or 2, that share what they load.
+    multicast: what they share: "lhs", on neighbouring columns, or "rhs", on
+      neighbouring rows, as far as those are of one group.
     raster_width: column tiles (of clusters) that are visited for one row tile
       before the next row tile; consecutive tiles share operands in L2.
     num_sms: CTAs launched; None: as many as a Hopper GPU has processors.
@@ -30,11 +31,16 @@ class Config:
   tile_n: int = 192
   num_stages: int = 4
   cluster: int = 2
+  multicast: str = "lhs"
   raster_width: int = 8
   num_sms: int | None = None
 
   def __post_init__(self):
-    for name, allowed in {"tile_n": (64, 128, 192), "cluster": (1, 2)}.items():
+    for name, allowed in {
+      "tile_n": (64, 128, 192),
+      "cluster": (1, 2),
+      "multicast": ("lhs", "rhs"),
+    }.items():
       if getattr(self, name) not in allowed:
         raise ValueError(
           f"{name} must be one of {allowed}, got {getattr(self, name)}"

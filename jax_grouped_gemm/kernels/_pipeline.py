@@ -173,14 +173,19 @@ def out_smem(tile_n: int, slice_n: int, dtype: DTypeLike):
 
 
 def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col, predicate=True):
-  """Stores columns from `col` on, unless they lie beyond those of out."""
+  """Stores columns from `col` on, unless they lie beyond those of out.
+
+  Nothing waits for it before plgpu.commit_smem_to_gmem_group, which is slow.
+  """
   cols = pl.ds(col, slice_smem.shape[-1])
 
   # TMA clips what is out of bounds, but Mosaic drops dimensions of size 1, the
   # only slice of a narrow out, and the index of a second one with them.
   @pl.when(predicate & (col < out_gmem.shape[-1]))
   def store():
-    plgpu.copy_smem_to_gmem(slice_smem, out_gmem.at[rows, cols])
+    plgpu.copy_smem_to_gmem(
+      slice_smem, out_gmem.at[rows, cols], commit_group=False
+    )
 
 
 def empty_barriers(config: Config):

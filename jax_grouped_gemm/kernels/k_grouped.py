@@ -183,6 +183,7 @@ def _compute_tile(refs: _Refs, config: Config, group, mi, ni, step):
     _pipeline.store_slice(
       refs.out_smem.at[wg, j], refs.out_gmem.at[group], rows, cols[j]
     )
+  plgpu.commit_smem_to_gmem_group()
   return step + k_iters
 
 

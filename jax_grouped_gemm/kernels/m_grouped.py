@@ -36,6 +36,7 @@ from jax_grouped_gemm.kernels._pipeline import Ref
 _ROW_ALIGN = 8  # TMA addresses rows of swizzled SMEM tiles in groups of 8.
 _SLICE_N = 64  # columns that surely share one rhs scale, for any tile_n.
 _TILE_SLOTS = 2  # tiles announced to the compute warpgroups.
+_END = -1  # instead of a tile's group: no tile follows.
 
 
 class _Refs(NamedTuple):
@@ -62,11 +63,11 @@ class _Refs(NamedTuple):
 class _Tile(NamedTuple):
   """What one CTA computes at a time."""
 
-  group: jax.Array  # index in rhs
+  group: jax.Array  # index in rhs; _END: no tile, the end
   ni: jax.Array
   row: jax.Array  # first row loaded, a multiple of 8
   offset: jax.Array  # rows of other groups before the tile's own
-  size: jax.Array  # rows of its own; 0: no tile, the end
+  size: jax.Array  # rows of its own
 
 
 class _Group(NamedTuple):
@@ -75,105 +76,162 @@ class _Group(NamedTuple):
   index: jax.Array  # in group_sizes; len(group_sizes): rows of no group
   start: jax.Array  # first row
   end: jax.Array  # last row + 1
-  first_tile: jax.Array  # tiles before it, counted in clusters
-  rows: jax.Array  # rows of those
+  rows: jax.Array  # rows before it, of groups that the walk is for
+  row_tiles: jax.Array  # tiles of those
+  first_tile: jax.Array  # cluster tiles of those, all columns
 
 
-def _make_group(refs: _Refs, index, start, first_tile, rows) -> _Group:
-  """Group sizes are data: whatever they hold, end is within [start, m]."""
-  groups, m = refs.group_sizes_gmem.shape[0], refs.out_gmem.shape[0]
-  size = refs.group_sizes_gmem[jnp.minimum(index, groups - 1)]
-  size = lax.select(index < groups, jnp.clip(size, 0, m - start), m - start)
-  return _Group(index, start, start + size, first_tile, rows)
+# ---------------------------------------------------------------- schedule
 
 
-def _is_left(refs: _Refs, group: _Group):
-  """False after the last group, the rows of no group."""
-  return group.index <= refs.group_sizes_gmem.shape[0]
+class _Walk:
+  """The tiles of this CTA, in the order of the groups.
+
+  A cluster's tiles only move forward, so one walk over the groups finds them
+  all. They share either rows or, if multicast is "rhs", columns: then they are
+  neighbouring row tiles, of two groups where one ends between them.
+  """
+
+  def __init__(self, refs: _Refs, config: Config, in_rhs: bool):
+    """Of the groups that rhs holds, or of all other rows."""
+    self.refs, self.config, self.in_rhs = refs, config, in_rhs
+    self.num_groups = refs.group_sizes_gmem.shape[0]
+    self.m, n = refs.out_gmem.shape
+    self.rows = config.cluster if config.multicast == "rhs" else 1
+    self.cols = config.cluster // self.rows
+    self.col_clusters = pl.cdiv(n, config.tile_n * self.cols)
+
+  def group(self, index, start, rows, row_tiles, first_tile) -> _Group:
+    """Group sizes are data: whatever they hold, end is within [start, m]."""
+    size = self.refs.group_sizes_gmem[jnp.minimum(index, self.num_groups - 1)]
+    size = jnp.clip(size, 0, self.m - start)
+    size = lax.select(index < self.num_groups, size, self.m - start)
+    return _Group(index, start, start + size, rows, row_tiles, first_tile)
+
+  def first_group(self, index) -> _Group:
+    zero = jnp.int32(0)
+    return self.group(index, zero, zero, zero, zero)
+
+  def is_left(self, group: _Group):
+    """False after the last group, the rows of no group."""
+    return group.index <= self.num_groups
+
+  def rhs_index(self, group: _Group):
+    return group.index - self.refs.group_offset_gmem[0]
+
+  def size(self, group: _Group):
+    """Rows of the group; 0 if the walk is not for it."""
+    index = self.rhs_index(group)
+    in_rhs = (0 <= index) & (index < self.refs.rhs_gmem.shape[0])
+    in_rhs &= group.index < self.num_groups
+    return lax.select(in_rhs == self.in_rhs, group.end - group.start, 0)
+
+  def row_tiles(self, group: _Group):
+    rows = group.end - self.first_row(group)
+    return lax.select(
+      self.size(group) > 0, pl.cdiv(rows, self.config.tile_m), 0
+    )
+
+  def first_row(self, group: _Group):
+    """TMA starts at whole 8 rows: up to 7 rows of other groups come along."""
+    return lax.div(group.start, _ROW_ALIGN) * _ROW_ALIGN
+
+  def row_clusters(self, group: _Group):
+    """Clusters of row tiles whose first one is the group's."""
+    end = pl.cdiv(group.row_tiles + self.row_tiles(group), self.rows)
+    return end - pl.cdiv(group.row_tiles, self.rows)
+
+  def next_tile(self, group: _Group):
+    return group.first_tile + self.row_clusters(group) * self.col_clusters
+
+  def next_group(self, group: _Group) -> _Group:
+    return self.group(
+      group.index + 1,
+      group.end,
+      group.rows + self.size(group),
+      group.row_tiles + self.row_tiles(group),
+      self.next_tile(group),
+    )
+
+  def find_group(self, tile, group: _Group) -> _Group:
+    """Walks on to the group of the cluster's tile, or past all groups."""
+    return lax.while_loop(
+      lambda group: self.is_left(group) & (tile >= self.next_tile(group)),
+      self.next_group,
+      group,
+    )
+
+  def neighbour(self, group: _Group) -> _Group:
+    """Walks on to the next group with tiles, or past all groups."""
+    return lax.while_loop(
+      lambda group: self.is_left(group) & (self.row_tiles(group) == 0),
+      self.next_group,
+      self.next_group(group),
+    )
+
+  def tile(self, tile, group: _Group) -> tuple[_Tile, jax.Array]:
+    """Returns this CTA's tile, and whether the cluster's are of one group.
+
+    A group's tiles are visited in strips of raster_width clusters of columns.
+    """
+    shape = (self.row_clusters(group), self.col_clusters)
+    mi, ni = plgpu.planar_snake(
+      tile - group.first_tile, shape, 1, self.config.raster_width
+    )
+    cta = lax.axis_index("cta")
+    # The group's first tile may be in a cluster with the one before it.
+    mi = mi * self.rows + lax.rem(group.row_tiles, self.rows)
+    one_group = mi + self.rows <= self.row_tiles(group)
+    if self.rows > 1:
+      is_neighbour = mi + cta >= self.row_tiles(group)
+      group = lax.cond(is_neighbour, self.neighbour, lambda x: x, group)
+      mi = lax.select(is_neighbour, 0, mi + cta)
+    if self.cols > 1:
+      ni = ni * self.cols + cta
+    row = self.first_row(group) + mi * self.config.tile_m
+    offset = jnp.maximum(group.start - row, 0)
+    size = jnp.minimum(group.end - row, self.config.tile_m) - offset
+    # Without a neighbour: any rows, none of them stored.
+    left = self.is_left(group)
+    index = lax.select(left, self.rhs_index(group), 0)
+    return _Tile(index, ni, row, offset, lax.select(left, size, 0)), one_group
 
 
-def _rhs_index(refs: _Refs, group: _Group):
-  """Returns the group's index in rhs, and whether it has one."""
-  index = group.index - refs.group_offset_gmem[0]
-  in_rhs = (0 <= index) & (index < refs.rhs_gmem.shape[0])
-  return index, in_rhs & (group.index < refs.group_sizes_gmem.shape[0])
-
-
-def _first_loaded_row(group: _Group):
-  """TMA starts at whole 8 rows: up to 7 rows of other groups come along."""
-  return lax.div(group.start, _ROW_ALIGN) * _ROW_ALIGN
-
-
-def _tiles_shape(refs: _Refs, config: Config, group: _Group, in_rhs: bool):
-  """Tiles of a group: of rows, and of columns counted in clusters."""
-  row_tiles = pl.cdiv(group.end - _first_loaded_row(group), config.tile_m)
-  wanted = (_rhs_index(refs, group)[1] == in_rhs) & (group.end > group.start)
-  col_clusters = pl.cdiv(refs.out_gmem.shape[1], config.tile_n * config.cluster)
-  return lax.select(wanted, row_tiles, 0), col_clusters
-
-
-def _find_group(refs: _Refs, config: Config, tile, group: _Group, in_rhs):
-  """Walks on from `group` to the group of the tile, or past all groups."""
-
-  def next_tile(group):
-    row_tiles, col_clusters = _tiles_shape(refs, config, group, in_rhs)
-    return group.first_tile + row_tiles * col_clusters
-
-  def next_group(group):
-    wanted = _rhs_index(refs, group)[1] == in_rhs
-    rows = group.rows + lax.select(wanted, group.end - group.start, 0)
-    return _make_group(refs, group.index + 1, group.end, next_tile(group), rows)
-
-  return lax.while_loop(
-    lambda group: _is_left(refs, group) & (tile >= next_tile(group)),
-    next_group,
-    group,
-  )
+# ---------------------------------------------------------------- load
 
 
 def _load_tiles(refs: _Refs, config: Config):
   """Announces this CTA's tiles and loads them. Returns the slots it filled.
 
   First those of groups that rhs holds, then those of other rows, which are
-  zeros, each ended by a tile of size 0.
+  zeros, each followed by an end.
   """
   zero = jnp.int32(0)
-  start = _make_group(refs, zero, zero, zero, zero)
-  i, step, last = _load_tiles_of(refs, config, True, zero, zero, start)
+  walk = _Walk(refs, config, in_rhs=True)
+  i, step, last = _load_walk(refs, config, walk, zero, zero, walk.first_group(zero))
+  walk = _Walk(refs, config, in_rhs=False)
   # Spares a second walk if there are no other rows.
-  index = lax.select(last.rows < refs.out_gmem.shape[0], zero, last.index)
-  start = _make_group(refs, index, zero, zero, zero)
-  i, step, _ = _load_tiles_of(refs, config, False, i, step, start)
+  index = lax.select(last.rows < walk.m, zero, last.index)
+  start = walk.first_group(index)
+  i, step, _ = _load_walk(refs, config, walk, i, step, start)
   _pipeline.drain(refs.tiles_empty, _TILE_SLOTS, i)
   return step
 
 
-def _load_tiles_of(refs: _Refs, config: Config, in_rhs: bool, first, step, start):
-  """Returns (tiles announced, slots filled, the end of the walk).
-
-  A group's tiles are visited in strips of raster_width clusters of columns. A
-  CTA's tiles only move forward, so one walk over the groups finds them all.
-  """
+def _load_walk(refs: _Refs, config: Config, walk: _Walk, first, step, start):
+  """Returns (tiles announced, slots filled, the end of the walk)."""
 
   def load_next(state):
     i, step, group, _ = state
-    tile = lax.axis_index("sm") + (i - first) * lax.axis_size("sm")
-    group = _find_group(refs, config, tile, group, in_rhs)
-    left = _is_left(refs, group)
-    shape = _tiles_shape(refs, config, group, in_rhs)
-    mi, ni = plgpu.planar_snake(
-      tile - group.first_tile, shape, 1, config.raster_width
-    )
-    ni = ni * config.cluster + lax.axis_index("cta")
-    row = _first_loaded_row(group) + mi * config.tile_m
-    offset = jnp.maximum(group.start - row, 0)
-    size = jnp.minimum(group.end - row, config.tile_m) - offset
-    rhs_index, _ = _rhs_index(refs, group)
-    tile = _Tile(rhs_index, ni, row, offset, lax.select(left, size, 0))
-    _announce(refs, i, tile)
-    if in_rhs:
+    index = lax.axis_index("sm") + (i - first) * lax.axis_size("sm")
+    group = walk.find_group(index, group)
+    left = walk.is_left(group)
+    tile, one_group = walk.tile(index, group)
+    end = tile._replace(group=jnp.int32(_END))
+    _announce(refs, i, jax.tree.map(functools.partial(lax.select, left), tile, end))
+    if walk.in_rhs:
       k_iters = lax.select(left, _k_iters(refs), 0)
-      step = _load_tile(refs, config, tile, k_iters, step)
+      step = _load_tile(refs, config, tile, one_group, k_iters, step)
     return i + 1, step, group, left
 
   i, step, last, _ = lax.while_loop(
@@ -198,20 +256,30 @@ def _k_iters(refs: _Refs) -> int:
   return refs.lhs_gmem.shape[1] // SCALE_BLOCK
 
 
-def _load_tile(refs: _Refs, config: Config, tile: _Tile, k_iters, step):
+def _load_tile(refs: _Refs, config, tile: _Tile, one_group, k_iters, step):
   """Loads the k slices of one tile into consecutive slots."""
   rows = pl.ds(pl.multiple_of(tile.row, _ROW_ALIGN), config.tile_m)
   cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
-  shared = "cta" if config.cluster > 1 else None
+  multicast = config.multicast if config.cluster > 1 else None
 
   def load_slice(ki, slot):
     ks = pl.ds(ki * SCALE_BLOCK, SCALE_BLOCK)
     full = refs.full.at[slot]
-    copy = plgpu.copy_gmem_to_smem
+    rhs = refs.rhs_gmem.at[tile.group, cols, ks]
     lhs = refs.lhs_gmem.at[rows, ks]
-    copy(lhs, refs.lhs_smem.at[slot], full, collective_axes=shared)
-    copy(refs.rhs_gmem.at[tile.group, cols, ks], refs.rhs_smem.at[slot], full)
-    copy(refs.lhs_scales_gmem.at[ki, rows], refs.lhs_scales_smem.at[slot], full)
+    scales = refs.lhs_scales_gmem.at[ki, rows]
+
+    def copy(src, dst, is_shared=False):
+      axes = "cta" if is_shared else None
+      plgpu.copy_gmem_to_smem(src, dst.at[slot], full, collective_axes=axes)
+
+    copy(lhs, refs.lhs_smem, multicast == "lhs")
+    if multicast == "rhs":
+      pl.when(one_group)(lambda: copy(rhs, refs.rhs_smem, True))
+      pl.when(~one_group)(lambda: copy(rhs, refs.rhs_smem))
+    else:
+      copy(rhs, refs.rhs_smem)
+    copy(scales, refs.lhs_scales_smem)
 
   return _pipeline.load_slices(
     refs.empty, config.num_stages, k_iters, step, load_slice
@@ -229,7 +297,7 @@ def _read_tile(refs: _Refs, i) -> _Tile:
 def _is_tile(refs: _Refs, i):
   """Waits until tile i is announced. False: it is the end."""
   plgpu.barrier_wait(refs.tiles_full.at[lax.rem(i, _TILE_SLOTS)])
-  return _read_tile(refs, i).size > 0
+  return _read_tile(refs, i).group != _END
 
 
 def _release_tile(refs: _Refs, i):
@@ -237,50 +305,33 @@ def _release_tile(refs: _Refs, i):
 
 
 def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
-  """Computes the announced tiles, then stores the announced tiles of zeros.
-
-  A tile is stored while the first products of the next one run.
-  """
-  zeros = _pipeline.wgmma_zeros((WGMMA_M, _SLICE_N))
-  zeros = [zeros] * (config.tile_n // _SLICE_N)
-
-  def store_tile(i, sums):
-    @pl.when(i >= 0)
-    def store():
-      _stage(refs, sums)
-      _store_rows(refs, config, _read_tile(refs, i))
-      _release_tile(refs, i)
+  """Computes the announced tiles, then stores the announced tiles of zeros."""
 
   def compute_tile(state):
-    i, step, sums, _ = state
+    i, step, _ = state
     slot = lax.rem(step, config.num_stages)
     plgpu.barrier_wait(refs.full.at[slot])
     products = _pipeline.start_products(refs, config.tile_n, slot, interpret)
-    store_tile(i - 1, sums)
     tile = _read_tile(refs, i)
-    sums = _accumulate_tile(refs, config, tile, products, step, interpret)
-    return i + 1, step + _k_iters(refs), sums, _is_tile(refs, i + 1)
+    _stage(refs, _accumulate_tile(refs, config, tile, products, step, interpret))
+    return store_tile((i, step + _k_iters(refs), True))
 
-  zero = jnp.int32(0)
-  i, _, sums, _ = lax.while_loop(
-    lambda state: state[-1],
-    compute_tile,
-    (zero, zero, zeros, _is_tile(refs, zero)),
-  )
-  store_tile(i - 1, sums)
-  _release_tile(refs, i)
-
-  def store_zeros(state):
-    i, _ = state
+  def store_tile(state):
+    i, step, _ = state
     _store_rows(refs, config, _read_tile(refs, i))
     _release_tile(refs, i)
-    return i + 1, _is_tile(refs, i + 1)
+    return i + 1, step, _is_tile(refs, i + 1)
 
-  _stage(refs, zeros)
-  i, _ = lax.while_loop(
-    lambda state: state[-1], store_zeros, (i + 1, _is_tile(refs, i + 1))
-  )
-  _release_tile(refs, i)
+  def for_each_tile(fn, i):
+    state = (i, jnp.int32(0), _is_tile(refs, i))
+    i, *_ = lax.while_loop(lambda state: state[-1], fn, state)
+    _release_tile(refs, i)
+    return i + 1
+
+  i = for_each_tile(compute_tile, jnp.int32(0))
+  zeros = _pipeline.wgmma_zeros((WGMMA_M, _SLICE_N))
+  _stage(refs, [zeros] * (config.tile_n // _SLICE_N))
+  for_each_tile(store_tile, i)
 
 
 def _load_rhs_scales(refs: _Refs, config: Config, group, ni, ki):
@@ -375,6 +426,7 @@ def _store_rows(refs: _Refs, config: Config, tile: _Tile):
     )
     offset = offset + (count & num_rows)
     num_rows //= 2
+  plgpu.commit_smem_to_gmem_group()
 
 
 # ---------------------------------------------------------------- launch
