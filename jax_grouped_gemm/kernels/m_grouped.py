@@ -55,6 +55,8 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, slices, 64, slice_n): _pipeline.out_smem
   full: Ref  # (stages,) 3 arrivals: lhs, rhs, lhs_scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
+  rhs_scales_smem: Ref  # (_TILE_SLOTS, blocks, k/128) f32: of a tile's columns
+  rhs_scales_full: Ref  # (_TILE_SLOTS,) one arrival
   tiles_smem: Ref  # (_TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (_TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (_TILE_SLOTS,) one arrival per compute warpgroup
@@ -231,7 +233,7 @@ def _load_walk(refs: _Refs, config: Config, walk: _Walk, first, step, start):
     _announce(refs, i, jax.tree.map(functools.partial(lax.select, left), tile, end))
     if walk.in_rhs:
       k_iters = lax.select(left, _k_iters(refs), 0)
-      step = _load_tile(refs, config, tile, one_group, k_iters, step)
+      step = _load_tile(refs, config, i, tile, one_group, k_iters, step)
     return i + 1, step, group, left
 
   i, step, last, _ = lax.while_loop(
@@ -246,6 +248,7 @@ def _announce(refs: _Refs, i, tile: _Tile):
   @pl.when(i >= _TILE_SLOTS)
   def wait_empty():
     plgpu.barrier_wait(refs.tiles_empty.at[slot])
+    plgpu.commit_smem()  # Orders reads of rhs_scales_smem before TMA writes.
 
   for field, value in enumerate(tile):
     refs.tiles_smem[slot, field] = value
@@ -256,8 +259,20 @@ def _k_iters(refs: _Refs) -> int:
   return refs.lhs_gmem.shape[1] // SCALE_BLOCK
 
 
-def _load_tile(refs: _Refs, config, tile: _Tile, one_group, k_iters, step):
+def _load_tile(refs, config: Config, i, tile: _Tile, one_group, k_iters, step):
   """Loads the k slices of one tile into consecutive slots."""
+  @pl.when(k_iters > 0)
+  def load_rhs_scales():
+    slot = lax.rem(i, _TILE_SLOTS)
+    _, blocks, k_blocks = refs.rhs_scales_smem.shape
+    first_block = lax.div(tile.ni * config.tile_n, SCALE_BLOCK)
+    # Columns beyond those of rhs_scales, and blocks, are zeros.
+    scales = refs.rhs_scales_gmem.at[
+      tile.group, pl.ds(first_block, blocks), pl.ds(0, k_blocks)
+    ]
+    full = refs.rhs_scales_full.at[slot]
+    plgpu.copy_gmem_to_smem(scales, refs.rhs_scales_smem.at[slot], full)
+
   rows = pl.ds(pl.multiple_of(tile.row, _ROW_ALIGN), config.tile_m)
   cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
   multicast = config.multicast if config.cluster > 1 else None
@@ -312,8 +327,8 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
     slot = lax.rem(step, config.num_stages)
     plgpu.barrier_wait(refs.full.at[slot])
     products = _pipeline.start_products(refs, config.tile_n, slot, interpret)
-    tile = _read_tile(refs, i)
-    _stage(refs, _accumulate_tile(refs, config, tile, products, step, interpret))
+    plgpu.barrier_wait(refs.rhs_scales_full.at[lax.rem(i, _TILE_SLOTS)])
+    _stage(refs, _accumulate_tile(refs, config, i, products, step, interpret))
     return store_tile((i, step + _k_iters(refs), True))
 
   def store_tile(state):
@@ -334,36 +349,34 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
   for_each_tile(store_tile, i)
 
 
-def _load_rhs_scales(refs: _Refs, config: Config, group, ni, ki):
-  """Returns the rhs scale of every 64 columns of the tile's k slice."""
-  num_blocks = refs.rhs_scales_gmem.shape[1]
-  first_col = ni * config.tile_n
-  first_block = lax.div(first_col, SCALE_BLOCK)
-  # A tile with an odd number of 64-column slices may start amid a block.
-  odd = config.tile_n % SCALE_BLOCK != 0
+def _load_rhs_scales(refs: _Refs, config: Config, i, ni, ki):
+  """Returns the rhs scale of every 64 columns of tile i's k slice."""
+  slot = lax.rem(i, _TILE_SLOTS)
   blocks = [
-    refs.rhs_scales_gmem[
-      group, jnp.minimum(first_block + b, num_blocks - 1), ki
-    ]
-    for b in range(config.tile_n // SCALE_BLOCK + odd)
+    refs.rhs_scales_smem[slot, b, ki]
+    for b in range(refs.rhs_scales_smem.shape[1])
   ]
-  starts_block = lax.rem(first_col, SCALE_BLOCK) == 0
+  slices = config.tile_n // _SLICE_N
+  if config.tile_n % SCALE_BLOCK == 0 or len(blocks) == 1:
+    return [blocks[j * _SLICE_N // SCALE_BLOCK] for j in range(slices)]
+  # A tile with an odd number of 64-column slices may start amid a block.
+  starts_block = lax.rem(ni * config.tile_n, SCALE_BLOCK) == 0
   return [
     lax.select(starts_block, blocks[j // 2], blocks[(j + 1) // 2])
-    if odd
-    else blocks[j // 2]
-    for j in range(config.tile_n // _SLICE_N)
+    for j in range(slices)
   ]
 
 
-def _accumulate_tile(refs, config: Config, tile: _Tile, products, step, interpret):
+def _accumulate_tile(refs, config: Config, i, products, step, interpret):
   """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns."""
   shape = (WGMMA_M, _SLICE_N)
   columns = [slice(c, c + _SLICE_N) for c in range(0, config.tile_n, _SLICE_N)]
 
+  ni = _read_tile(refs, i).ni
+
   def load_scales(slot, ki):
     lhs_scales = _pipeline.load_row_scales(refs.lhs_scales_smem, slot)
-    rhs_scales = _load_rhs_scales(refs, config, tile.group, tile.ni, ki)
+    rhs_scales = _load_rhs_scales(refs, config, i, ni, ki)
     return [lhs_scales * rhs_scale for rhs_scale in rhs_scales]
 
   def promote(sums, products, scales):
@@ -454,6 +467,11 @@ def m_grouped_gemm(
     group_offset = jnp.zeros((1,), jnp.int32)
   # TMA reads the scales of a tile's rows as one line, of whole 16 bytes.
   lhs_scales = jnp.pad(lhs_scales, ((0, -m % _ROW_ALIGN), (0, 0))).T
+  # TMA wants rows of whole 16 bytes.
+  k_blocks = rhs_scales.shape[2]
+  rhs_scales = jnp.pad(rhs_scales, ((0, 0), (0, 0), (0, -k_blocks % 4)))
+  # A tile has columns of at most two scale blocks, if rhs has as many.
+  blocks = min(pl.cdiv(config.tile_n, SCALE_BLOCK), rhs_scales.shape[1])
   stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
   # A staged row has 128 bytes, so that TMA may start at any row, and out has
   # whole ones: other n cost a copy of out.
@@ -474,6 +492,10 @@ def m_grouped_gemm(
       out_smem=_pipeline.out_smem(tile_n, slice_n, out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
+      rhs_scales_smem=plgpu.SMEM(
+        (_TILE_SLOTS, blocks, k_blocks + -k_blocks % 32), jnp.float32
+      ),
+      rhs_scales_full=plgpu.Barrier(num_barriers=_TILE_SLOTS),
       tiles_smem=plgpu.SMEM((_TILE_SLOTS, len(_Tile._fields)), jnp.int32),
       tiles_full=plgpu.Barrier(num_barriers=_TILE_SLOTS),
       tiles_empty=plgpu.Barrier(
