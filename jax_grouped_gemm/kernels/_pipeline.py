@@ -1,5 +1,6 @@
 """What the GEMM kernels share: the pipeline over k slices, and the launch."""
 
+import functools
 from typing import Any
 
 import jax
@@ -84,12 +85,17 @@ def _fresh_zeros(shape):
   return zeros()
 
 
+def warpgroup_rows():
+  """Rows of a CTA's tile that this warpgroup computes."""
+  return pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
+
+
 def start_products(refs, tile_n: int, slot, interpret: bool):
   """Starts the products of the slot, the warpgroup's (64, tile_n), unscaled.
 
   What it returns is right only after the next wgmma_wait.
   """
-  rows = pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
+  rows = warpgroup_rows()
 
   def wgmma(acc):
     if not interpret:  # It cannot run inline assembly.
@@ -101,59 +107,83 @@ def start_products(refs, tile_n: int, slot, interpret: bool):
 
 
 def accumulate(
-  refs, products, k_iters, step, *, load_scales, promote, init, interpret
+  refs, tile_n: int, k_iters, step, *, load_scales, promote, init, interpret
 ):
   """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
 
-  `products` are those of the first k slice, started. load_scales(slot, ki)
-  returns the scales of a slice. While products run on the tensor cores, their
-  scales are loaded and the next slice is awaited. So little more than the
+  The products are the warpgroup's (64, tile_n) of one k slice, whose scales
+  load_scales(slot, ki) returns. While they run on the tensor cores, the next
+  slice is awaited and their scales are loaded. So little more than the
   promotion stands between the end of a slice's products and the start of the
   next ones, and the address arithmetic of those hides beneath it.
+
+  The tensor cores are always busy if one warpgroup promotes while the products
+  of the other run. Those that start together share the tensor cores, end
+  together and stay so. So in each tile warpgroup 1 starts when the first
+  products of warpgroup 0 have ended.
   """
   num_stages = refs.lhs_smem.shape[0]
+  first_slot = lax.rem(step, num_stages)
+  turn = refs.turn.at[first_slot]
 
-  def finish_products(slot, acc, products, scales):
+  def start(slot):
+    return start_products(refs, tile_n, slot, interpret)
+
+  def finish(slot, acc, products, scales, is_first):
     plgpu.wgmma_wait(0)
     products = lax.optimization_barrier(products)  # No use before the wait.
+    if is_first:
+      pl.when(lax.axis_index("wg") == 0)(lambda: plgpu.barrier_arrive(turn))
     plgpu.barrier_arrive(refs.empty.at[slot])
     return lax.optimization_barrier(promote(acc, products, scales))
 
-  def compute_slice(ki, carry):
+  def compute_slice(ki, carry, is_first=False):
     slot, acc, products = carry
     next_slot = lax.select(slot == num_stages - 1, 0, slot + 1)
-    scales = load_scales(slot, ki)
+    # First, so that no load slips in between the products' instructions.
     plgpu.barrier_wait(refs.full.at[next_slot])
-    acc = finish_products(slot, acc, products, scales)
-    products = start_products(refs, products.shape[1], next_slot, interpret)
-    return next_slot, acc, products
+    acc = finish(slot, acc, products, load_scales(slot, ki), is_first)
+    return next_slot, acc, start(next_slot)
 
   def compute_two_slices(i, carry):
-    return compute_slice(2 * i + 1, compute_slice(2 * i, carry))
+    return compute_slice(2 * i + 2, compute_slice(2 * i + 1, carry))
 
-  def compute_last_slice(carry):
+  def compute_last_slice(carry, is_first=False):
     slot, acc, products = carry
-    return finish_products(slot, acc, products, load_scales(slot, k_iters - 1))
+    return finish(slot, acc, products, load_scales(slot, k_iters - 1), is_first)
 
-  carry = lax.rem(step, num_stages), init, products
-  carry = lax.fori_loop(0, (k_iters - 1) // 2, compute_two_slices, carry)
-  if isinstance(k_iters, int):
-    if k_iters % 2 == 0:
-      carry = compute_slice(jnp.int32(k_iters - 2), carry)
-    return compute_last_slice(carry)
-  return lax.cond(
-    k_iters % 2 == 0,
-    lambda carry: compute_last_slice(compute_slice(k_iters - 2, carry)),
-    compute_last_slice,
-    carry,
+  def compute_more_slices(carry):
+    carry = compute_slice(jnp.int32(0), carry, is_first=True)
+    carry = lax.fori_loop(0, (k_iters - 2) // 2, compute_two_slices, carry)
+    return _cond(
+      k_iters % 2 == 1,
+      lambda carry: compute_last_slice(compute_slice(k_iters - 2, carry)),
+      compute_last_slice,
+      carry,
+    )
+
+  pl.when(lax.axis_index("wg") == 1)(lambda: plgpu.barrier_wait(turn))
+  plgpu.barrier_wait(refs.full.at[first_slot])
+  return _cond(
+    k_iters == 1,
+    functools.partial(compute_last_slice, is_first=True),
+    compute_more_slices,
+    (first_slot, init, start(first_slot)),
   )
+
+
+def _cond(pred, if_true, if_false, operand):
+  """lax.cond, decided now if pred is known."""
+  if isinstance(pred, bool):
+    return if_true(operand) if pred else if_false(operand)
+  return lax.cond(pred, if_true, if_false, operand)
 
 
 def load_row_scales(scales_smem: Ref, slot):
   """Returns the scale of each of the warpgroup's 64 rows of the slot."""
-  rows = pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
   return plgpu.load(
-    scales_smem.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1)
+    scales_smem.at[slot, warpgroup_rows()],
+    layout=plgpu.Layout.WGMMA.reduce(1),
   )
 
 
@@ -202,6 +232,11 @@ def empty_barriers(config: Config):
     num_arrivals=COMPUTE_WGS,
     num_barriers=config.num_stages,
   )
+
+
+def turn_barriers(config: Config):
+  """See accumulate. One a slot: its next use comes after the wait for it."""
+  return plgpu.Barrier(num_barriers=config.num_stages)
 
 
 def launch(load, compute, *, name, config, interpret, refs_type, **types):

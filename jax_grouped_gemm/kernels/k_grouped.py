@@ -54,6 +54,7 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, slices, 64, slice_n): accumulator, then out
   full: Ref  # (stages,) 4 arrivals: lhs, rhs, both scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
+  turn: Ref  # (stages,): see _pipeline.accumulate
   accumulator_full: Ref | None  # (wg,) one arrival per slice
 
 
@@ -112,7 +113,7 @@ def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
   )
 
 
-def _accumulate_tile(refs: _Refs, config: Config, group, step):
+def _accumulate_tile(refs: _Refs, config: Config, group, step, interpret):
   """Returns the warpgroup's (64, tile_n) sum over the group's blocks."""
   shape = (WGMMA_M, config.tile_n)
 
@@ -136,10 +137,13 @@ def _accumulate_tile(refs: _Refs, config: Config, group, step):
     load_scales=load_scales,
     promote=promote,
     init=_pipeline.wgmma_zeros(shape),
+    interpret=interpret,
   )
 
 
-def _compute_tile(refs: _Refs, config: Config, group, mi, ni, step):
+def _compute_tile(
+  refs: _Refs, config: Config, group, mi, ni, step, *, interpret: bool
+):
   """Computes one tile and stores it."""
   wg = lax.axis_index("wg")
   slices, slice_n = refs.out_smem.shape[1], refs.out_smem.shape[3]
@@ -172,7 +176,7 @@ def _compute_tile(refs: _Refs, config: Config, group, mi, ni, step):
 
   @pl.when(k_iters > 0)
   def stage_products():
-    stage(_accumulate_tile(refs, config, group, step))
+    stage(_accumulate_tile(refs, config, group, step, interpret))
 
   @pl.when(k_iters == 0)
   def stage_zeros():
@@ -240,6 +244,7 @@ def k_grouped_gemm(
     out_smem=_pipeline.out_smem(tile_n, slice_n, out_dtype),
     full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
     empty=_pipeline.empty_barriers(config),
+    turn=_pipeline.turn_barriers(config),
   )
   if with_accumulator:
     scratch_types["accumulator_full"] = plgpu.Barrier(
@@ -247,7 +252,7 @@ def k_grouped_gemm(
     )
   out = _pipeline.launch(
     for_each_tile(_load_tile),
-    for_each_tile(_compute_tile),
+    for_each_tile(functools.partial(_compute_tile, interpret=interpret)),
     name="k_grouped_gemm_sm90",
     config=config,
     interpret=interpret,

@@ -55,6 +55,7 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, slices, 64, slice_n): _pipeline.out_smem
   full: Ref  # (stages,) 3 arrivals: lhs, rhs, lhs_scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
+  turn: Ref  # (stages,): see _pipeline.accumulate
   rhs_scales_smem: Ref  # (_TILE_SLOTS, blocks, k/128) f32: of a tile's columns
   rhs_scales_full: Ref  # (_TILE_SLOTS,) one arrival
   tiles_smem: Ref  # (_TILE_SLOTS, fields) i32: tiles on their way to compute
@@ -195,7 +196,7 @@ class _Walk:
     size = jnp.minimum(group.end - row, self.config.tile_m) - offset
     # Without a neighbour: any rows, none of them stored.
     left = self.is_left(group)
-    index = lax.select(left, self.rhs_index(group), 0)
+    index = lax.select(left & self.in_rhs, self.rhs_index(group), 0)
     return _Tile(index, ni, row, offset, lax.select(left, size, 0)), one_group
 
 
@@ -324,11 +325,8 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
 
   def compute_tile(state):
     i, step, _ = state
-    slot = lax.rem(step, config.num_stages)
-    plgpu.barrier_wait(refs.full.at[slot])
-    products = _pipeline.start_products(refs, config.tile_n, slot, interpret)
-    plgpu.barrier_wait(refs.rhs_scales_full.at[lax.rem(i, _TILE_SLOTS)])
-    _stage(refs, _accumulate_tile(refs, config, i, products, step, interpret))
+    sums = _accumulate_tile(refs, config, i, step, interpret)
+    _stage(refs, sums)
     return store_tile((i, step + _k_iters(refs), True))
 
   def store_tile(state):
@@ -367,11 +365,12 @@ def _load_rhs_scales(refs: _Refs, config: Config, i, ni, ki):
   ]
 
 
-def _accumulate_tile(refs, config: Config, i, products, step, interpret):
+def _accumulate_tile(refs: _Refs, config: Config, i, step, interpret):
   """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns."""
   shape = (WGMMA_M, _SLICE_N)
   columns = [slice(c, c + _SLICE_N) for c in range(0, config.tile_n, _SLICE_N)]
 
+  plgpu.barrier_wait(refs.rhs_scales_full.at[lax.rem(i, _TILE_SLOTS)])
   ni = _read_tile(refs, i).ni
 
   def load_scales(slot, ki):
@@ -387,7 +386,7 @@ def _accumulate_tile(refs, config: Config, i, products, step, interpret):
 
   return _pipeline.accumulate(
     refs,
-    products,
+    config.tile_n,
     _k_iters(refs),
     step,
     load_scales=load_scales,
@@ -432,13 +431,18 @@ def _store_rows(refs: _Refs, config: Config, tile: _Tile):
         tile.ni * config.tile_n + j * slice_n,
       )
 
-  num_rows = WGMMA_M
-  while num_rows > 0:
-    pl.when((count & num_rows) != 0)(
-      functools.partial(store, offset, num_rows)
-    )
-    offset = offset + (count & num_rows)
-    num_rows //= 2
+  pl.when(count == WGMMA_M)(lambda: store(0, WGMMA_M))
+
+  @pl.when(count < WGMMA_M)
+  def store_part():
+    first, num_rows = offset, WGMMA_M // 2
+    while num_rows > 0:
+      pl.when((count & num_rows) != 0)(
+        functools.partial(store, first, num_rows)
+      )
+      first += count & num_rows
+      num_rows //= 2
+
   plgpu.commit_smem_to_gmem_group()
 
 
@@ -492,6 +496,7 @@ def m_grouped_gemm(
       out_smem=_pipeline.out_smem(tile_n, slice_n, out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
+      turn=_pipeline.turn_barriers(config),
       rhs_scales_smem=plgpu.SMEM(
         (_TILE_SLOTS, blocks, k_blocks + -k_blocks % 32), jnp.float32
       ),

@@ -45,7 +45,8 @@ def m_grouped(sizes, m: int, n: int, k: int, seed: int = 0):
     weights = rhs_f64[i] * _expand(rhs_scales[i], n, lhs.shape[1])
     out[rows] = lhs_f64[rows] @ weights.T
     magnitude[rows] = np.abs(lhs_f64[rows]) @ np.abs(weights).T
-  operands = (lhs, lhs_scales, np.stack(rhs), rhs_scales, starts, ends)
+  sizes = np.asarray(sizes, np.int32)
+  operands = (lhs, lhs_scales, np.stack(rhs), rhs_scales, sizes, None)
   return jax.tree.map(jnp.asarray, operands), out, magnitude
 
 

@@ -18,7 +18,7 @@ SMALL = Config(tile_n=64, cluster=1, num_stages=2, num_sms=2)
 
 
 def jitted(**static):
-  return jax.jit(functools.partial(k_grouped_gemm, **static))
+  return jax.jit(functools.partial(k_grouped_gemm, interpret=True, **static))
 
 
 def run(sizes, t, m, n, config, accumulator=False, dtype=jnp.float32):
@@ -61,6 +61,13 @@ def test_ragged_and_hostile_sizes(interpreter):
       check(gemm(*operands), *expected, label=sizes)
 
 
+def test_every_number_of_blocks(interpreter):
+  """The main loop takes its slices in pairs; sizes of 1 to 6 blocks."""
+  with interpreter():
+    sizes = [128 * blocks for blocks in range(1, 7)]
+    run(sizes, sum(sizes), 16, 16, SMALL)
+
+
 def test_bf16_out(interpreter):
   with interpreter():
     run([130, 200], 330, 128, 192, SMALL, dtype=jnp.bfloat16)
@@ -74,9 +81,8 @@ def test_garbage_stays_where_it_is(interpreter):
   lhs = lhs.at[:, 128:384].set(jnp.nan).at[:, 512:].set(jnp.nan)
   lhs_scales = lhs_scales.at[:, 4:].set(jnp.nan)
   with interpreter():
-    out = k_grouped_gemm(
-      lhs, lhs_scales, *rest, m=64, n=64, out_dtype=jnp.float32, config=SMALL
-    )
+    gemm = jitted(m=64, n=64, out_dtype=jnp.float32, config=SMALL)
+    out = gemm(lhs, lhs_scales, *rest)
   assert np.isnan(out[1]).all()
   others = np.array([0, 2])
   check(out[others], expected[others], magnitude[others])

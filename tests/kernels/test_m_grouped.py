@@ -16,10 +16,12 @@ from jax_grouped_gemm.kernels.m_grouped import m_grouped_gemm
 pytestmark = pytest.mark.slow
 
 SMALL = Config(tile_n=64, cluster=1, num_stages=2, num_sms=2)
+SHARED_RHS = Config(tile_n=64, multicast="rhs", num_stages=2, num_sms=4)
+CLUSTERS = [(1, "lhs"), (2, "lhs"), (2, "rhs")]
 
 
 def jitted(**static):
-  return jax.jit(functools.partial(m_grouped_gemm, **static))
+  return jax.jit(functools.partial(m_grouped_gemm, interpret=True, **static))
 
 
 def run(sizes, m, n, k, config, dtype=jnp.bfloat16):
@@ -29,10 +31,16 @@ def run(sizes, m, n, k, config, dtype=jnp.bfloat16):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("cluster, multicast", CLUSTERS)
 @pytest.mark.parametrize("tile_n", [64, 128, 192])
-def test_every_tile(interpreter, tile_n, cluster, dtype):
-  config = Config(tile_n=tile_n, cluster=cluster, num_stages=3, num_sms=4)
+def test_every_tile(interpreter, tile_n, cluster, multicast, dtype):
+  config = Config(
+    tile_n=tile_n,
+    cluster=cluster,
+    multicast=multicast,
+    num_stages=3,
+    num_sms=4,
+  )
   with interpreter():
     run([100, 0, 37, 200], 345, 2 * tile_n + 16, 400, config, dtype)
 
@@ -45,20 +53,53 @@ def test_every_pattern_of_empty_groups(interpreter):
       check(gemm(*operands), *expected, label=sizes)
 
 
-def test_ragged_and_hostile_sizes(interpreter):
-  gemm = jitted(m=300, n=64, out_dtype=jnp.bfloat16, config=SMALL)
+@pytest.mark.parametrize("config", [SMALL, SHARED_RHS])
+def test_ragged_and_hostile_sizes(interpreter, config):
+  gemm = jitted(m=300, n=64, out_dtype=jnp.bfloat16, config=config)
   for sizes in [
     [1, 1, 1, 1, 1, 1],  # One row each, all among 8 rows of a SMEM tile.
     [0, 127, 1, 128, 0, 44],
     [0, 0, 300, 0, 0, 0],
     [0, 0, 0, 0, 0, 0],
     [0, 129, 3, 0, 5, 9],
+    [0, 130, 0, 0, 137, 0],  # Clusters of rows of two groups.
     [4, 2**31 - 1, 2**31 - 1, 2**31 - 1, 4, 0],  # Beyond m: cut off.
     [-7, 20, -(2**31), 1, 1, -1],  # Negative: empty.
   ]:
     operands, *expected = m_grouped(sizes, 300, 64, 144)
     with interpreter():
       check(gemm(*operands), *expected, label=sizes)
+
+
+@pytest.mark.parametrize("k", [128, 256, 384, 512, 640])
+def test_every_number_of_slices(interpreter, k):
+  """The main loop takes its slices in pairs."""
+  with interpreter():
+    run([9, 4], 13, 64, k, SMALL)
+
+
+@pytest.mark.parametrize("config", [SMALL, SHARED_RHS])
+@pytest.mark.parametrize("offset", [-(2**31), -1, 0, 1, 2, 4, 2**31 - 1])
+def test_group_offset(interpreter, config, offset):
+  """rhs holds 2 of 4 groups, from the offset on; rows of others are zero."""
+  m, sizes = 300, [20, 140, 0, 137]
+  (lhs, lhs_scales, rhs, rhs_scales, *_), *expected = m_grouped(
+    sizes, m, 64, 144
+  )
+  held = [i for i in (offset, offset + 1) if 0 <= i < 4]
+  ends = np.cumsum(sizes)
+  kept = np.isin(np.searchsorted(ends, np.arange(m), side="right"), held)
+  indices = np.clip(np.arange(2) + offset, 0, 3)
+  with interpreter():
+    out = jitted(m=m, n=64, out_dtype=jnp.bfloat16, config=config)(
+      lhs,
+      lhs_scales,
+      rhs[indices],
+      rhs_scales[indices],
+      jnp.asarray(sizes, jnp.int32),
+      jnp.asarray([offset], jnp.int32),
+    )
+  check(out, *(np.where(kept[:, None], x, 0) for x in expected))
 
 
 def test_narrow_out(interpreter):
@@ -71,14 +112,19 @@ def test_garbage_stays_where_it_is(interpreter):
   """NaN in a row, a group's weights or beyond the groups reaches no other."""
   m, sizes = 90, [21, 30, 17]
   operands, expected, magnitude = m_grouped(sizes, m, 64, 256)
-  lhs, lhs_scales, rhs, rhs_scales, *bounds = operands
+  lhs, lhs_scales, rhs, rhs_scales, *sizes = operands
   lhs = lhs.at[5].set(jnp.nan).at[68:].set(jnp.nan)
   lhs_scales = lhs_scales.at[68:].set(jnp.nan)
   rhs = rhs.at[1, 3].set(jnp.nan)
-  operands = (lhs, lhs_scales, rhs, rhs_scales, *bounds)
+  operands = (lhs, lhs_scales, rhs, rhs_scales, *sizes)
   with interpreter():
     out = m_grouped_gemm(
-      *operands, m=m, n=64, out_dtype=jnp.bfloat16, config=SMALL
+      *operands,
+      m=m,
+      n=64,
+      out_dtype=jnp.bfloat16,
+      config=SMALL,
+      interpret=True,
     )
   nan = np.zeros((m, 64), bool)
   nan[5], nan[21:51, 3] = True, True
