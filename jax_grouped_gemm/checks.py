@@ -94,13 +94,13 @@ def check_out_dtype(dtype: DTypeLike):
   return dtype
 
 
-def check_config(config: Config | None, out_dtype, rhs_scales: bool = False):
+def check_config(config: Config | None, out_dtype, k: int | None = None):
   """Raises TypeError or ValueError if no kernel can run with it."""
   if config is None:
     return
   if not isinstance(config, Config):
     raise TypeError(f"config must be a Config or None, got {config!r}")
-  needed = config.smem_bytes(out_dtype, rhs_scales)
+  needed = config.smem_bytes(out_dtype, k)
   if needed > SMEM_BYTES:
     raise ValueError(
       f"{config} needs {needed} bytes of shared memory for {out_dtype} "

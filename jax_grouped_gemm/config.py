@@ -7,6 +7,8 @@ from jax.typing import DTypeLike
 
 SCALE_BLOCK = 128  # elements of the contracted axis that share one scale.
 WGMMA_M = 64  # rows of one wgmma instruction.
+TILE_SLOTS = 2  # tiles on their way from the loading to the other warpgroups.
+SCALE_ALIGN = 32  # scales in the 128 bytes that TMA aligns to in SMEM.
 COMPUTE_WGS = 2  # warpgroups of a CTA that multiply; one more loads.
 SMEM_BYTES = 232_448  # shared memory that one CTA may use on Hopper.
 _SMEM_ALIGN = 1024  # Mosaic aligns each swizzled buffer to this.
@@ -60,9 +62,16 @@ class Config:
     """Rows of out that one CTA computes."""
     return COMPUTE_WGS * WGMMA_M
 
-  def smem_bytes(self, out_dtype: DTypeLike, rhs_scales: bool = False) -> int:
-    """Upper bound of the shared memory of a CTA, in bytes."""
-    scales = self.tile_m + (self.tile_n if rhs_scales else 0)
+  def smem_bytes(self, out_dtype: DTypeLike, k: int | None = None) -> int:
+    """Upper bound of the shared memory of a CTA, in bytes.
+
+    M-grouped, whose tiles have their rhs scales of all of k, or K-grouped with
+    k=None, whose slots have them.
+    """
+    scales = self.tile_m + (self.tile_n if k is None else 0)
     slot = (self.tile_m + self.tile_n) * SCALE_BLOCK + scales * 4
     out = self.tile_m * self.tile_n * jnp.dtype(out_dtype).itemsize
-    return self.num_stages * slot + out + 4 * _SMEM_ALIGN + _BARRIER_BYTES
+    tile_scales = -(-(k or 0) // (SCALE_BLOCK * SCALE_ALIGN)) * SCALE_ALIGN
+    tiles = TILE_SLOTS * 2 * tile_scales * 4
+    fixed = 5 * _SMEM_ALIGN + _BARRIER_BYTES
+    return self.num_stages * slot + out + tiles + fixed

@@ -167,7 +167,7 @@ def m_grouped_gemm(
     )
   group_sizes, group_offset = check_group_sizes(group_sizes, m, g, group_offset)
   out_dtype = checks.check_out_dtype(preferred_element_type)
-  checks.check_config(config, out_dtype)
+  checks.check_config(config, out_dtype, k)
   implementation = implementations.choose(
     implementation,
     checks.unsupported_by_kernels({"k": k, "n": n}, lhs, rhs, out_dtype),
@@ -227,7 +227,7 @@ def k_grouped_gemm(
   group_sizes, _ = check_group_sizes(group_sizes, t, g)
   out_dtype = checks.check_out_dtype(preferred_element_type)
   accumulator = checks.check_accumulator(accumulator, (g, m, n))
-  checks.check_config(config, out_dtype, rhs_scales=True)
+  checks.check_config(config, out_dtype)
   unsupported = checks.unsupported_by_kernels(
     {"m": m, "n": n}, lhs, rhs, out_dtype
   )

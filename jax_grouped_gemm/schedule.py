@@ -70,17 +70,16 @@ class Tiles(NamedTuple):
   """
 
   group: Int32[Array, "t"]  # group whose rows these are; -1: rows of no group.
-  row: Int32[Array, "t"]  # first row loaded, a multiple of `align`.
-  start: Int32[Array, "t"]  # first row that belongs to the tile, from `row` on.
+  row: Int32[Array, "t"]  # first row.
   size: Int32[Array, "t"]  # rows that belong to the tile; >= 1.
   count: Int32[Array, "1"]  # number of tiles.
 
 
-def max_tiles(m: int, num_groups: int, tile_m: int, align: int = 1) -> int:
+def max_tiles(m: int, num_groups: int, tile_m: int) -> int:
   """Upper bound of the number of tiles, whatever the group sizes."""
   # The groups, the rows before the first one and those after the last one.
   ranges = min(num_groups + 2, m)
-  return (m + ranges * (tile_m - 1 + align - 1)) // tile_m
+  return (m + ranges * (tile_m - 1)) // tile_m
 
 
 def make_tiles(
@@ -88,33 +87,25 @@ def make_tiles(
   ends: Int32[Array, "g"],
   m: int,
   tile_m: int,
-  align: int = 1,
 ) -> Tiles:
-  """Cuts each group's rows, and the rows of no group, into tiles.
-
-  A group's first tile starts at the group's first row rounded down to a
-  multiple of `align`, so up to align - 1 of its rows belong to other groups.
-  """
+  """Cuts each group's rows, and the rows of no group, into tiles."""
   first = jnp.concatenate([jnp.zeros((1,), jnp.int32), starts, ends[-1:]])
   last = jnp.concatenate([starts[:1], ends, jnp.full((1,), m, jnp.int32)])
-  aligned = lax.div(first, align) * align
-  tiles = jnp.where(last > first, _ceil_div(last - aligned, tile_m), 0)
+  tiles = jnp.where(last > first, _ceil_div(last - first, tile_m), 0)
   tile_ends = jnp.cumsum(tiles)
   index = jnp.arange(
-    max(1, max_tiles(m, starts.shape[0], tile_m, align)), dtype=jnp.int32
+    max(1, max_tiles(m, starts.shape[0], tile_m)), dtype=jnp.int32
   )
   group = jnp.searchsorted(
     tile_ends, index, side="right", method="compare_all"
   ).astype(jnp.int32)
   group = jnp.minimum(group, first.shape[0] - 1)
-  row = aligned[group] + (index - (tile_ends - tiles)[group]) * tile_m
-  start = jnp.maximum(first[group] - row, 0)
-  size = jnp.minimum(last[group] - row, tile_m) - start
+  row = first[group] + (index - (tile_ends - tiles)[group]) * tile_m
+  size = jnp.minimum(last[group] - row, tile_m)
   is_group = (group > 0) & (group <= starts.shape[0])
   return Tiles(
     group=jnp.where(is_group, group - 1, -1),
     row=row,
-    start=start,
     size=size,
     count=tile_ends[-1:].astype(jnp.int32),
   )

@@ -103,22 +103,20 @@ def test_group_bounds(m, sizes):
 # ---------------------------------------------------------------- tiles
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 5))
-def make_tiles(sizes, m, tile_m, align, offset=None, num_groups=None):
+@functools.partial(jax.jit, static_argnums=(1, 2, 4))
+def make_tiles(sizes, m, tile_m, offset=None, num_groups=None):
   bounds = schedule.group_bounds(sizes, m, offset, num_groups)
-  return schedule.make_tiles(*bounds, m, tile_m, align)
+  return schedule.make_tiles(*bounds, m, tile_m)
 
 
-def check_tiles(tiles, rows, m, tile_m, align):
-  group, row, start, size, (count,) = map(np.asarray, tiles)
-  assert len(row) == max(1, schedule.max_tiles(m, len(rows), tile_m, align))
+def check_tiles(tiles, rows, m, tile_m):
+  group, row, size, (count,) = map(np.asarray, tiles)
+  assert len(row) == max(1, schedule.max_tiles(m, len(rows), tile_m))
   assert count <= len(row)
   owner, tiles_of_row = np.full(m, -2), np.zeros(m, int)
   for i in range(count):
-    assert row[i] % align == 0
-    assert size[i] >= 1
-    assert 0 <= start[i] and start[i] + size[i] <= tile_m
-    own = slice(row[i] + start[i], row[i] + start[i] + size[i])
+    assert 1 <= size[i] <= tile_m
+    own = slice(row[i], row[i] + size[i])
     assert own.stop <= m
     owner[own] = group[i]
     tiles_of_row[own] += 1
@@ -127,35 +125,33 @@ def check_tiles(tiles, rows, m, tile_m, align):
     expected[first:last] = i
   np.testing.assert_array_equal(tiles_of_row, 1)
   np.testing.assert_array_equal(owner, expected)
-  own_rows = (row + start)[:count]
-  assert (np.diff(own_rows) > 0).all()
+  assert (np.diff(row[:count]) > 0).all()
 
 
-@pytest.mark.parametrize("align", [1, 8])
 @given(st.sampled_from([(1, 8), (11, 8), (300, 16), (300, 128)]), lists(5))
 @example((300, 16), [59, 61, 60, 61, 58])
 @example((300, 128), [0, 0, 300, 0, 0])
 @example((11, 8), [1, 1, 1, 1, 1])
-def test_each_row_is_in_one_tile(align, problem, sizes):
+def test_each_row_is_in_one_tile(problem, sizes):
   m, tile_m = problem
-  tiles = make_tiles(jnp.array(sizes, jnp.int32), m, tile_m, align)
-  check_tiles(tiles, oracle.group_rows(sizes, m), m, tile_m, align)
+  tiles = make_tiles(jnp.array(sizes, jnp.int32), m, tile_m)
+  check_tiles(tiles, oracle.group_rows(sizes, m), m, tile_m)
 
 
 @pytest.mark.parametrize("offset", range(-3, 6))
 def test_rows_of_other_groups_are_in_tiles_of_no_group(offset):
   sizes, m, offset = jnp.array([9, 0, 30, 21]), 77, jnp.array([offset])
   rows = oracle.group_rows(sizes, m, offset, 2)
-  check_tiles(make_tiles(sizes, m, 16, 8, offset, 2), rows, m, 16, 8)
+  check_tiles(make_tiles(sizes, m, 16, offset, 2), rows, m, 16)
 
 
 def test_no_rows_no_tiles():
-  assert make_tiles(jnp.array([0, 3]), 0, 8, 8).count[0] == 0
+  assert make_tiles(jnp.array([0, 3]), 0, 8).count[0] == 0
 
 
 def test_max_tiles_can_be_reached():
   """By a tile before, three groups, and a tile after them."""
-  tiles = make_tiles(jnp.ones(4, jnp.int32), 100, 128, 1, jnp.array([1]), 3)
+  tiles = make_tiles(jnp.ones(4, jnp.int32), 100, 128, jnp.array([1]), 3)
   assert tiles.count[0] == schedule.max_tiles(100, 3, 128) == 5
 
 

@@ -10,7 +10,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
-from jax.typing import DTypeLike
 from jaxlib.mlir.dialects import llvm
 
 from jax_grouped_gemm.config import (
@@ -19,7 +18,6 @@ from jax_grouped_gemm.config import (
   Config,
 )
 
-SWIZZLE_BYTES = 128  # the widest row of a swizzled SMEM buffer.
 _LOAD_REGS, _COMPUTE_REGS = 40, 232  # 40 + 2 * 232 <= 512 per lane quartet.
 
 Ref = Any  # Pallas refs have no public type that supports `.at`.
@@ -190,32 +188,6 @@ def load_row_scales(scales_smem: Ref, slot):
 def wgmma_zeros(shape):
   """Zeros in the registers' layout of wgmma accumulators."""
   return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-
-
-def out_smem(tile_n: int, slice_n: int, dtype: DTypeLike):
-  """SMEM (wg, slices, 64, slice_n) to stage a tile of out for TMA.
-
-  Each slice of columns is a buffer of its own: Mosaic's stores to column slices
-  of one swizzled buffer are wrong on hardware in all but the first (jax
-  0.11.2). Mosaic swizzles them, so the columns of out must be whole slices.
-  """
-  return plgpu.SMEM((COMPUTE_WGS, tile_n // slice_n, WGMMA_M, slice_n), dtype)
-
-
-def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col, predicate=True):
-  """Stores columns from `col` on, unless they lie beyond those of out.
-
-  Nothing waits for it before plgpu.commit_smem_to_gmem_group, which is slow.
-  """
-  cols = pl.ds(col, slice_smem.shape[-1])
-
-  # TMA clips what is out of bounds, but Mosaic drops dimensions of size 1, the
-  # only slice of a narrow out, and the index of a second one with them.
-  @pl.when(predicate & (col < out_gmem.shape[-1]))
-  def store():
-    plgpu.copy_smem_to_gmem(
-      slice_smem, out_gmem.at[rows, cols], commit_group=False
-    )
 
 
 def empty_barriers(config: Config):

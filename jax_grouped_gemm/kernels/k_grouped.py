@@ -32,7 +32,7 @@ from jax_grouped_gemm.config import (
   WGMMA_M,
   Config,
 )
-from jax_grouped_gemm.kernels import _pipeline
+from jax_grouped_gemm.kernels import _epilogue, _pipeline
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 
@@ -184,7 +184,7 @@ def _compute_tile(
 
   plgpu.commit_smem()
   for j in range(slices):
-    _pipeline.store_slice(
+    _epilogue.store_slice(
       refs.out_smem.at[wg, j], refs.out_gmem.at[group], rows, cols[j]
     )
   plgpu.commit_smem_to_gmem_group()
@@ -217,7 +217,7 @@ def k_grouped_gemm(
   groups = starts.shape[0]
   stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
   # A staged row has 128 bytes and out has whole ones: other n cost a copy.
-  slice_n = _pipeline.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
+  slice_n = _epilogue.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
   missing_n = -n % slice_n
 
   def for_each_tile(fn):
@@ -241,7 +241,7 @@ def k_grouped_gemm(
     rhs_smem=plgpu.SMEM((stages, tile_n, SCALE_BLOCK), rhs.dtype),
     lhs_scales_smem=plgpu.SMEM((stages, tile_m), jnp.float32),
     rhs_scales_smem=plgpu.SMEM((stages, tile_n), jnp.float32),
-    out_smem=_pipeline.out_smem(tile_n, slice_n, out_dtype),
+    out_smem=_epilogue.out_smem(tile_n, slice_n, out_dtype),
     full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
     empty=_pipeline.empty_barriers(config),
     turn=_pipeline.turn_barriers(config),

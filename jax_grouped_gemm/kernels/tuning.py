@@ -26,7 +26,7 @@ _K_GROUPED_RATES = {
 
 
 def _best(
-  n: int, rates, out_dtype: DTypeLike, rhs_scales: bool, **choices
+  n: int, k: int | None, rates, out_dtype: DTypeLike, **choices
 ) -> Config:
   """The fastest config by its rate and by the columns it computes in vain."""
 
@@ -39,7 +39,7 @@ def _best(
     Config(tile_n=tile_n, cluster=cluster, num_stages=stages, **choices)
     for stages in range(2, _MAX_STAGES + 1)
   ]
-  fits = lambda c: c.smem_bytes(out_dtype, rhs_scales) <= SMEM_BYTES
+  fits = lambda c: c.smem_bytes(out_dtype, k) <= SMEM_BYTES
   return [config for config in configs if fits(config)][-1]
 
 
@@ -47,8 +47,8 @@ def m_grouped_config(
   m: int, n: int, k: int, g: int, out_dtype: DTypeLike
 ) -> Config:
   """The config of an M-grouped GEMM (m, k) x (g, n, k) -> (m, n)."""
-  del m, k, g  # What is known so far depends on n only.
-  return _best(n, _M_GROUPED_RATES, out_dtype, rhs_scales=False)
+  del m, g  # What is known so far does not depend on them.
+  return _best(n, k, _M_GROUPED_RATES, out_dtype)
 
 
 def k_grouped_config(
@@ -58,8 +58,8 @@ def k_grouped_config(
   del m, t, g
   return _best(
     n,
+    None,
     _K_GROUPED_RATES,
     out_dtype,
-    rhs_scales=True,
     raster_width=4,  # 1 % above 8: 4 groups of ~8192, 4096, 7168, H200.
   )

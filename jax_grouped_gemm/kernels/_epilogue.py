@@ -1,0 +1,88 @@
+"""From a tile's sums in registers to its rows of out, through SMEM and TMA."""
+
+import functools
+
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from jax_grouped_gemm.config import COMPUTE_WGS, WGMMA_M
+from jax_grouped_gemm.kernels._pipeline import Ref
+from jax_grouped_gemm.kernels._walk import Tile
+
+SWIZZLE_BYTES = 128  # the widest row of a swizzled SMEM buffer.
+
+
+def out_smem(tile_n: int, slice_n: int, dtype: DTypeLike):
+  """SMEM (wg, slices, 64, slice_n) to stage a tile of out for TMA.
+
+  Each slice of columns is a buffer of its own: Mosaic's stores to column slices
+  of one swizzled buffer are wrong on hardware in all but the first (jax
+  0.11.2). Mosaic swizzles them, so the columns of out must be whole slices.
+  """
+  return plgpu.SMEM((COMPUTE_WGS, tile_n // slice_n, WGMMA_M, slice_n), dtype)
+
+
+def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col, predicate=True):
+  """Stores columns from `col` on, unless they lie beyond those of out.
+
+  Nothing waits for it before plgpu.commit_smem_to_gmem_group, which is slow.
+  """
+  cols = pl.ds(col, slice_smem.shape[-1])
+
+  # TMA clips what is out of bounds, but Mosaic drops dimensions of size 1, the
+  # only slice of a narrow out, and the index of a second one with them.
+  @pl.when(predicate & (col < out_gmem.shape[-1]))
+  def store():
+    plgpu.copy_smem_to_gmem(
+      slice_smem, out_gmem.at[rows, cols], commit_group=False
+    )
+
+
+def stage(refs, slices):
+  """Writes the warpgroup's slices of columns to out_smem."""
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  for j in range(refs.out_smem.shape[1]):
+    width = refs.out_smem.shape[3]
+    col = j * width
+    value = slices[col // slices[0].shape[1]]
+    value = value[:, col % value.shape[1] :][:, :width]
+    value = value.astype(refs.out_gmem.dtype)
+    refs.out_smem[lax.axis_index("wg"), j] = value
+  plgpu.commit_smem()
+
+
+def store_rows(refs, tile: Tile, col):
+  """Stores the staged rows that belong to the tile, from column `col` on.
+
+  TMA needs static sizes, so `count` rows go out as the powers of two of its
+  binary form, e.g. 5 rows as 4 + 1.
+  """
+  wg = lax.axis_index("wg")
+  first = tile.offset - wg * WGMMA_M
+  offset = jnp.clip(first, 0, WGMMA_M)
+  count = jnp.clip(first + tile.size, 0, WGMMA_M) - offset
+  row = tile.row + wg * WGMMA_M
+  _, slices, _, slice_n = refs.out_smem.shape
+
+  def store(offset, num_rows):
+    rows = pl.ds(row + offset, num_rows)
+    for j in range(slices):
+      staged = refs.out_smem.at[wg, j, pl.ds(offset, num_rows)]
+      store_slice(staged, refs.out_gmem, rows, col + j * slice_n)
+
+  pl.when(count == WGMMA_M)(lambda: store(0, WGMMA_M))
+
+  @pl.when(count < WGMMA_M)
+  def store_part():
+    first, num_rows = offset, WGMMA_M // 2
+    while num_rows > 0:
+      pl.when((count & num_rows) != 0)(
+        functools.partial(store, first, num_rows)
+      )
+      first += count & num_rows
+      num_rows //= 2
+
+  plgpu.commit_smem_to_gmem_group()
