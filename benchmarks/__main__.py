@@ -1,104 +1,36 @@
-"""Times the grouped GEMMs on the device at hand and writes what it saw.
+"""Times the grouped GEMMs and their peers on the device at hand.
 
-python -m benchmarks run m_grouped --set ragged
-python -m benchmarks run k_grouped --set ragged --only 4x8192
+python -m benchmarks run m_grouped --shapes deepgemm --groups ragged --peers all
+python -m benchmarks plot benchmarks/results/m_grouped-h200.json
 """
 
 import argparse
-import json
-import platform
-import shlex
-import subprocess
+import os
 import sys
-import time
 from pathlib import Path
 
-import jax
-import jaxlib
-from tqdm import tqdm
+# Before jax starts: the peers' process needs memory too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks.gemms import GEMMS, check
-from benchmarks.shapes import SETS
-from benchmarks.timing import measure_us
+from benchmarks import shapes, torch_peers
+from benchmarks.plot import plot
+from benchmarks.run import run
 
-_RESULTS = Path(__file__).parent / "results"
-
-
-def _commit() -> str:
-  """Returns the commit that runs, with a + if files differ from it."""
-  command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
-  try:
-    return subprocess.run(
-      command, capture_output=True, text=True, check=True, cwd=_RESULTS.parent
-    ).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"
+_BENCHMARKS = ("m_grouped", "k_grouped")
 
 
-def _rows(benchmark: str, problems, impls, iterations: int):
-  for problem in tqdm(problems, desc=benchmark, disable=None):
-    gemm = GEMMS[benchmark](problem)
-    expected = gemm.expected()
-    for impl, (fn, operands) in gemm.calls().items():
-      if impls and impl not in impls:
-        continue
-      out = jax.jit(fn)(*operands)
-      num_bytes = sum(x.nbytes for x in jax.tree.leaves((operands, out)))
-      us = measure_us(fn, *operands, iterations=iterations)
-      yield {
-        "set": problem.set,
-        "shape": problem.shape,
-        "impl": impl,
-        "g": len(problem.sizes),
-        "m": sum(problem.sizes),
-        "n": problem.n,
-        "k": problem.k,
-        "us": round(us, 2),
-        "tflops": round(problem.flops / us / 1e6, 1),
-        "gbps": round(num_bytes / us / 1e3, 1),
-        **check(impl, out, expected),
-      }
+def _peers(benchmark: str, names):
+  from benchmarks import gemms
 
-
-def run(args) -> int:
-  """Times every implementation on every problem; 1 if a result is wrong."""
-  sets = SETS[args.benchmark]
-  problems = [
-    problem
-    for name in args.set
-    for problem in sets[name]
-    if args.only in problem.shape
-  ]
-  device = jax.devices()[0].device_kind
-  rows = []
-  for row in _rows(args.benchmark, problems, args.impl, args.iterations):
-    rows.append(row)
-    tqdm.write(
-      f"{row['set']:8} {row['shape']:20} {row['impl']:16}"
-      f" {row['us']:10.1f} us {row['tflops']:7.1f} TFLOP/s"
-      f" {row['gbps']:7.1f} GB/s"
-      f" row error {row['max_row_error']:.1e}"
-      f" {'' if row['verified'] else 'WRONG'}"
-    )
-  result = {
-    "benchmark": args.benchmark,
-    "device": device,
-    "date": time.strftime("%Y-%m-%d"),
-    "commit": args.commit or _commit(),
-    "command": "python -m benchmarks " + shlex.join(args.argv),
-    "versions": {
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "jaxlib": jaxlib.__version__,
-    },
-    "rows": rows,
-  }
-  short_device = device.removeprefix("NVIDIA ").split()[0].lower()
-  path = args.results / f"{args.benchmark}-{short_device}.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=1) + "\n")
-  print(f"{len(rows)} rows: {path}")
-  return 0 if all(row["verified"] for row in rows) else 1
+  peers = [impl for impl in gemms.IMPLS[benchmark] if impl != "ours"]
+  if benchmark == "m_grouped":
+    peers += torch_peers.IMPLS
+  if names == ["all"]:
+    return peers
+  unknown = [name for name in names if name not in peers]
+  if unknown:
+    raise SystemExit(f"--peers must be of {peers} or all, got {unknown}")
+  return names
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,17 +39,30 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks", description=__doc__.splitlines()[0]
   )
-  commands = parser.add_subparsers(required=True)
-  command = commands.add_parser("run", help="time, check and write a JSON")
-  command.add_argument("benchmark", choices=SETS)
-  names = sorted({name for sets in SETS.values() for name in sets})
-  command.add_argument("--set", nargs="+", choices=names, default=["ragged"])
+  commands = parser.add_subparsers(required=True, dest="do")
+  command = commands.add_parser("run", help="check, time and write a JSON")
+  command.add_argument("benchmark", choices=_BENCHMARKS)
+  command.add_argument("--shapes", nargs="+", default=["deepgemm"])
+  command.add_argument(
+    "--groups", nargs="+", choices=shapes.GROUPS, default=["ragged"]
+  )
+  command.add_argument("--peers", nargs="+", default=[], help="names, or all")
   command.add_argument("--only", default="", help="part of the shapes' names")
-  command.add_argument("--impl", nargs="+", help="default: all")
   command.add_argument("--iterations", type=int, default=20)
-  command.add_argument("--results", type=Path, default=_RESULTS)
+  command.add_argument("--json", type=Path, help="default: in results/")
   command.add_argument("--commit", help="what runs, where git cannot tell")
+  command = commands.add_parser("plot", help="draw a JSON of run as PNG")
+  command.add_argument("json", type=Path)
+  command.add_argument("--png", type=Path, help="default: beside the JSON")
   args = parser.parse_args(argv)
+  if args.do == "plot":
+    return plot(args.json, args.png or args.json.with_suffix(".png"))
+  unknown = set(args.shapes) - set(shapes.names(args.benchmark))
+  if unknown:
+    parser.error(
+      f"--shapes must be of {shapes.names(args.benchmark)}, got {unknown}"
+    )
+  args.peers = _peers(args.benchmark, args.peers)
   args.argv = argv
   return run(args)
 

@@ -1,13 +1,18 @@
-"""The grouped GEMMs to time: operands, implementations, and their check.
+"""The grouped GEMMs to time in JAX: operands, implementations, their check.
 
 Operands are quantised random numbers: a GPU draws less power, and so runs
 faster, on zeros or constants.
 """
 
+import functools
+import importlib
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
 from benchmarks.shapes import Problem
+from benchmarks.timing import measure_us
 from jax_grouped_gemm import (
   k_grouped_gemm,
   m_grouped_gemm,
@@ -17,8 +22,15 @@ from jax_grouped_gemm import (
 
 # Largest |row of out - row of the reference| / |row of the reference|. bf16
 # peers also round the operands.
-_MAX_ROW_ERROR = {"ours": 4e-3, "lax_ragged_dot": 1e-2}
+_MAX_ROW_ERROR = {"ours": 4e-3}
+_MAX_ROW_ERROR_BF16 = 1e-2
 _MAX_DENSE_GROUPS = 8  # jax.lax.ragged_dot multiplies all rows by all groups.
+# What JAX's own kernel is tried with: block_m, block_n, block_k, steps.
+_MGPU_CONFIGS = ((128, 128, 64, 4), (128, 256, 64, 4), (64, 256, 64, 4))
+
+
+class Unsupported(Exception):
+  """The implementation cannot run the problem."""
 
 
 @jax.jit
@@ -37,20 +49,75 @@ class MGrouped:
     m = sum(p.sizes)
     keys = jax.random.split(jax.random.key(0))
     self.sizes = jnp.asarray(p.sizes, jnp.int32)
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    lhs = normal(keys[0], (m, p.k), jnp.bfloat16)
-    rhs = normal(keys[1], (len(p.sizes), p.n, p.k), jnp.bfloat16)
-    self.lhs = quantize(lhs, (1, 128))
-    self.rhs = quantize(rhs, (1, 128, 128))
+
+    @jax.jit
+    def weights(keys):  # One group at a time: all of them in bf16 may not fit.
+      return jax.lax.map(
+        lambda key: quantize(
+          jax.random.normal(key, (p.n, p.k), jnp.bfloat16), (128, 128)
+        ),
+        keys,
+      )
+
+    self.rhs = weights(jax.random.split(keys[1], len(p.sizes)))
+    lhs = jax.jit(jax.random.normal, static_argnums=(1, 2))(
+      keys[0], (m, p.k), jnp.bfloat16
+    )
+    self.lhs = jax.jit(quantize, static_argnums=1)(lhs, (1, 128))
 
   def calls(self):
-    """Returns {implementation: (function, operands)}."""
-    calls = {"ours": (m_grouped_gemm, (self.lhs, self.rhs, self.sizes))}
-    if self.sizes.size <= _MAX_DENSE_GROUPS:
-      lhs = self.lhs.dequantize(jnp.bfloat16)
-      rhs = self.rhs.dequantize(jnp.bfloat16).mT
-      calls["lax_ragged_dot"] = jax.lax.ragged_dot, (lhs, rhs, self.sizes)
-    return calls
+    """Returns {implementation: function that returns (function, operands)}."""
+    return {
+      "ours": lambda: (m_grouped_gemm, (self.lhs, self.rhs, self.sizes)),
+      "lax_ragged_dot": self._lax_ragged_dot,
+      "jax_ragged_dot_mgpu": self._ragged_dot_mgpu,
+      "tokamax": self._tokamax,
+    }
+
+  def _bf16(self):
+    """Returns lhs and rhs (g, k, n) as those who multiply in bf16 want them."""
+    return (
+      self.lhs.dequantize(jnp.bfloat16),
+      self.rhs.dequantize(jnp.bfloat16).mT,
+    )
+
+  def _lax_ragged_dot(self):
+    if self.sizes.size > _MAX_DENSE_GROUPS:
+      raise Unsupported(f"multiplies densely: > {_MAX_DENSE_GROUPS} groups")
+    return jax.lax.ragged_dot, (*self._bf16(), self.sizes)
+
+  def _ragged_dot_mgpu(self):
+    module = importlib.import_module(
+      "jax.experimental.pallas.ops.gpu.ragged_dot_mgpu"
+    )
+    lhs, rhs = self._bf16()
+    if lhs.shape[0] % 8:
+      raise Unsupported(f"needs m to be a multiple of 8, got {lhs.shape[0]}")
+    operands, best = (lhs, rhs, self.sizes), None
+    for block_m, block_n, block_k, steps in _MGPU_CONFIGS:
+      fn = functools.partial(
+        _call_mgpu,
+        module.ragged_dot,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        max_concurrent_steps=steps,
+        grid_block_n=8,
+      )
+      try:
+        us = measure_us(fn, *operands, iterations=3)
+      except Exception as error:  # This config does not fit the problem.
+        last_error = error
+        continue
+      if best is None or us < best[0]:
+        best = us, fn
+    if best is None:
+      raise Unsupported(str(last_error))
+    return best[1], operands
+
+  def _tokamax(self):
+    tokamax = importlib.import_module("tokamax")
+    return tokamax.ragged_dot, (*self._bf16(), self.sizes)
 
   def expected(self):
     """Returns the result to compare with, in float32 arithmetic."""
@@ -61,6 +128,10 @@ class MGrouped:
       preferred_element_type=jnp.float32,
       implementation="xla",
     )
+
+
+def _call_mgpu(ragged_dot, lhs, rhs, sizes, **config):
+  return ragged_dot(lhs, rhs, group_sizes=sizes, **config)
 
 
 class KGrouped:
@@ -79,8 +150,8 @@ class KGrouped:
     )
 
   def calls(self):
-    """Returns {implementation: (function, operands)}."""
-    return {"ours": (k_grouped_gemm, (self.lhs, self.rhs, self.sizes))}
+    """Returns {implementation: function that returns (function, operands)}."""
+    return {"ours": lambda: (k_grouped_gemm, (self.lhs, self.rhs, self.sizes))}
 
   def expected(self):
     """Returns the result to compare with, in float32 arithmetic."""
@@ -88,9 +159,38 @@ class KGrouped:
 
 
 GEMMS = {"m_grouped": MGrouped, "k_grouped": KGrouped}
+IMPLS = {
+  "m_grouped": ("ours", "lax_ragged_dot", "jax_ragged_dot_mgpu", "tokamax"),
+  "k_grouped": ("ours",),
+}
 
 
-def check(impl: str, out, expected) -> dict:
-  """Returns the fields of a result that say whether it is right."""
-  error = float(_max_row_error(out, expected))
-  return {"max_row_error": error, "verified": error <= _MAX_ROW_ERROR[impl]}
+def rows(
+  benchmark: str, problem: Problem, impls, iterations: int
+) -> Iterator[dict]:
+  """Checks and times each implementation, or says why it cannot run."""
+  gemm = GEMMS[benchmark](problem)
+  expected, calls = gemm.expected(), gemm.calls()
+  for impl in impls:
+    try:
+      fn, operands = calls[impl]()
+      out = jax.jit(fn)(*operands)
+      error = float(_max_row_error(out, expected))
+      num_bytes = sum(x.nbytes for x in jax.tree.leaves((operands, out)))
+      del out
+      us = measure_us(fn, *operands, iterations=iterations)
+    except (ImportError, Unsupported) as reason:
+      yield {"impl": impl, "unavailable": str(reason)}
+      continue
+    yield {
+      "impl": impl,
+      "us": round(us, 2),
+      "gbps": round(num_bytes / us / 1e3, 1),
+      "max_row_error": error,
+      "verified": error <= _MAX_ROW_ERROR.get(impl, _MAX_ROW_ERROR_BF16),
+    }
+
+
+def device() -> str:
+  """Returns the name of the device that JAX uses."""
+  return jax.devices()[0].device_kind

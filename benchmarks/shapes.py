@@ -1,9 +1,9 @@
-"""The problems that are timed."""
+"""The problems that are timed. Needs no framework."""
 
 import random
 from typing import NamedTuple
 
-_GROUPS = ((4, 8192), (8, 4096), (64, 512), (256, 128))  # groups, mean rows
+import numpy as np
 
 
 class Problem(NamedTuple):
@@ -25,38 +25,111 @@ class Problem(NamedTuple):
     return 2 * sum(self.sizes) * self.n * self.k
 
 
+# ---------------------------------------------------------------- group sizes
+
+
 def ragged_sizes(g: int, mean: int) -> tuple[int, ...]:
   """Sizes within 30 % of the mean, the same on every call."""
   rng = random.Random(0)
   return tuple(int(mean * rng.uniform(0.7, 1.3)) for _ in range(g))
 
 
-def _aligned(sizes):
-  return tuple(size + -size % 128 for size in sizes)
+def aligned_sizes(g: int, mean: int) -> tuple[int, ...]:
+  """The ragged ones, rounded up to what other kernels pad groups to."""
+  return tuple(size + -size % 128 for size in ragged_sizes(g, mean))
 
 
-def _problems(name, groups, widths):
-  for g, mean in groups:
-    ragged = ragged_sizes(g, mean)
-    sizes = _aligned(ragged) if name == "aligned" else ragged
-    for n, k in widths:
-      yield Problem(name, f"{g}x{mean}, {n}, {k}", sizes, n, k)
+def zipf_sizes(tokens: int, experts: int, top_k: int) -> tuple[int, ...]:
+  """Rows per expert if the i-th most popular one is chosen with weight 1/i.
 
+  Each token goes to `top_k` different experts. The same on every call.
+  """
+  rng = np.random.default_rng(0)
+  weights = np.log(1 / rng.permutation(np.arange(1, experts + 1)))
+  # The top k of logits with Gumbel noise are samples without replacement.
+  logits = weights + rng.gumbel(size=(tokens, experts)).astype(np.float32)
+  chosen = np.argpartition(-logits, top_k - 1, axis=1)[:, :top_k]
+  return tuple(np.bincount(chosen.ravel(), minlength=experts).tolist())
+
+
+def one_hot_sizes(g: int, mean: int) -> tuple[int, ...]:
+  """All rows in one group."""
+  return tuple(g * mean if i == g // 2 else 0 for i in range(g))
+
+
+# --groups -> sizes of `g` groups of `mean` rows
+GROUPS = {
+  "aligned": aligned_sizes,
+  "ragged": ragged_sizes,
+  "zipf": lambda g, mean: zipf_sizes(g * mean, g, 1),
+  "one-hot": one_hot_sizes,
+}
+
+# ---------------------------------------------------------------- shapes
 
 _M_WIDTHS = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
 _K_WIDTHS = ((4096, 7168), (7168, 2048))
-_SMOKE = ((2, 40),)  # Runs in seconds on a CPU.
+_GROUPS = ((4, 8192), (8, 4096), (64, 512))  # groups, mean rows
 
-# benchmark -> set -> its problems
-SETS = {
+# --shapes -> (groups, mean rows, n, k), sizes as --groups says
+_GROUPED = {
   "m_grouped": {
-    "ragged": [*_problems("ragged", _GROUPS, _M_WIDTHS)],
-    "aligned": [*_problems("aligned", _GROUPS, _M_WIDTHS)],
-    "smoke": [*_problems("smoke", _SMOKE, ((128, 256),))],
+    "deepgemm": [(*g, *w) for g in _GROUPS for w in _M_WIDTHS],
+    "small": [(*g, *w) for g in ((256, 128), (160, 96)) for w in _M_WIDTHS],
+    "smoke": [(2, 40, 128, 256)],
   },
   "k_grouped": {
-    "ragged": [*_problems("ragged", _GROUPS[:3], _K_WIDTHS)],
-    "aligned": [*_problems("aligned", _GROUPS[:3], _K_WIDTHS)],
-    "smoke": [*_problems("smoke", _SMOKE, ((128, 256),))],
+    "deepgemm": [(*g, *w) for g in _GROUPS for w in _K_WIDTHS],
+    "smoke": [(2, 40, 128, 256)],
   },
 }
+
+# model -> experts, top k, d_model, d_ff of an expert. From the models' config
+# files.
+MODELS = {
+  "mixtral-8x7b": (8, 2, 4096, 14336),
+  "deepseek-v3": (256, 8, 7168, 2048),
+  "qwen3-235b-a22b": (128, 8, 4096, 1536),
+  "gpt-oss-120b": (128, 4, 2880, 2880),
+  "llama-4-maverick": (128, 1, 5120, 8192),
+}
+_TOKENS = (4096, 16384, 65536)
+
+
+def _model_problems():
+  """Forward: gate and up projection in one, then down."""
+  for model, (experts, top_k, d_model, d_ff) in MODELS.items():
+    for tokens in _TOKENS:
+      sizes = zipf_sizes(tokens, experts, top_k)
+      for name, n, k in (
+        ("gate/up", 2 * d_ff, d_model),
+        ("down", d_model, d_ff),
+      ):
+        shape = f"{model} {name} {tokens}"
+        yield Problem("models", shape, sizes, n, k)
+
+
+def names(benchmark: str) -> list[str]:
+  """Returns what --shapes may be."""
+  of_models = ["models", "dense"] if benchmark == "m_grouped" else []
+  return [*_GROUPED[benchmark], *of_models]
+
+
+def problems(benchmark: str, shapes, groups) -> list[Problem]:
+  """Returns the problems of the named shapes with the named group sizes.
+
+  Those of "models" are routed as zipf_sizes says, "dense" is a single group.
+  """
+  result = []
+  for name in shapes:
+    if name == "models":
+      result += _model_problems()
+    elif name == "dense":
+      result.append(Problem("dense", "8192, 8192, 8192", (8192,), 8192, 8192))
+    else:
+      result += [
+        Problem(sizes, f"{g}x{mean}, {n}, {k}", GROUPS[sizes](g, mean), n, k)
+        for sizes in groups
+        for g, mean, n, k in _GROUPED[benchmark][name]
+      ]
+  return result

@@ -4,31 +4,49 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 
 _MAX_KEPT_BYTES = 2**35
+_FLUSH_WORDS = 2**26  # of 4 bytes, several times the L2 cache.
 
 
 def measure_us(fn, *args, iterations: int) -> float:
   """Returns the median of the runs' times, in microseconds.
 
-  On a GPU the sum of the times of a run's kernels, as CUPTI reports them: the
-  gaps between kernels are not in it. Elsewhere wall-clock time.
+  On a GPU the sum of the times of a run's kernels, as CUPTI reports them, after
+  the L2 cache was flushed: the gaps between kernels are not in it. Elsewhere
+  wall-clock time.
   """
+  if jax.default_backend() == "gpu":
+    return _measure_kernels_us(fn, *args, iterations=iterations)
   fn = jax.jit(fn)
   jax.block_until_ready(fn(*args))
-  if jax.default_backend() == "gpu":
-    from jax.experimental.mosaic.gpu import profiler
-
-    # It keeps the results of all iterations.
-    kept = sum(x.nbytes for x in jax.tree.leaves(fn(*args)))
-    iterations = max(1, min(iterations, _MAX_KEPT_BYTES // kept))
-    _, times_ms = profiler.measure(fn, iterations=iterations)(*args)
-    # A single run is reported as a number.
-    times_ms = times_ms if isinstance(times_ms, list) else [times_ms]
-    return 1e3 * statistics.median(times_ms)
   times = []
   for _ in range(iterations):
     start = time.perf_counter()
     jax.block_until_ready(fn(*args))
     times.append(time.perf_counter() - start)
   return 1e6 * statistics.median(times)
+
+
+def _measure_kernels_us(fn, *args, iterations: int) -> float:
+  from jax.experimental.mosaic.gpu import profiler
+
+  def flush_and_run(words, args):
+    # Whatever fn computes, it does after the flush, which is one kernel.
+    words, args = jax.lax.optimization_barrier((words + 1, args))
+    return words, fn(*args)
+
+  jitted = jax.jit(flush_and_run)
+  words = jnp.zeros((_FLUSH_WORDS,), jnp.uint32)
+  # The results of all iterations are kept.
+  results = jax.eval_shape(jitted, words, args)
+  kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(results))
+  iterations = max(1, min(iterations, _MAX_KEPT_BYTES // kept))
+  _, runs = profiler.measure(jitted, iterations=iterations, aggregate=False)(
+    words, args
+  )
+  # A single run is not in a list of its own.
+  runs = runs if isinstance(runs[0], list) else [runs]
+  times_ms = [sum(time for _, time in kernels[1:]) for kernels in runs]
+  return 1e3 * statistics.median(times_ms)

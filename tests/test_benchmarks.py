@@ -3,23 +3,49 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import gemms, shapes
+from benchmarks import gemms, run, shapes, torch_peers
 from benchmarks.__main__ import main
+
+
+def call(tmp_path, benchmark, *flags):
+  path = tmp_path / "result.json"
+  flags = ["--shapes=smoke", "--iterations=2", f"--json={path}", *flags]
+  return main(["run", benchmark, *flags]), json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("benchmark", ["m_grouped", "k_grouped"])
 def test_run_writes_verified_rows(benchmark, tmp_path):
-  flags = ["--set", "smoke", "--iterations=2", f"--results={tmp_path}"]
-  assert main(["run", benchmark, *flags]) == 0
-  written = json.loads((tmp_path / f"{benchmark}-cpu.json").read_text())
+  code, written = call(tmp_path, benchmark)
+  assert code == 0
   assert written["benchmark"] == benchmark
   assert written["versions"]["jax"] and written["commit"]
-  for row in written["rows"]:
-    assert row["verified"] and row["us"] > 0
-    assert (row["g"], row["m"], row["n"], row["k"]) == (2, 94, 128, 256)
-  assert "ours" in [row["impl"] for row in written["rows"]]
+  (row,) = written["rows"]
+  assert row["impl"] == "ours" and row["verified"] and row["us"] > 0
+  assert (row["g"], row["m"], row["n"], row["k"]) == (2, 94, 128, 256)
+  assert row["tflops"] == pytest.approx(
+    2 * 94 * 128 * 256 / row["us"] / 1e6, abs=0.1
+  )
+
+
+def test_peers_run_or_say_why_not(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+  code, written = call(
+    tmp_path, "m_grouped", "--peers", "lax_ragged_dot", "tokamax", "deepgemm"
+  )
+  assert code == 0
+  rows = {row["impl"]: row for row in written["rows"]}
+  assert rows["lax_ragged_dot"]["verified"]
+  assert "tokamax" in rows["tokamax"]["unavailable"]
+  assert rows["deepgemm"]["unavailable"] == "torch is not installed"
+  assert "not run: torch is not installed" in capsys.readouterr().out
+
+
+def test_all_peers_are_known():
+  with pytest.raises(SystemExit, match="deepgemm"):
+    main(["run", "m_grouped", "--peers", "deepgem"])
 
 
 def test_wrong_results_are_reported(tmp_path, monkeypatch):
@@ -29,20 +55,47 @@ def test_wrong_results_are_reported(tmp_path, monkeypatch):
   monkeypatch.setattr(
     gemms.MGrouped, "expected", lambda self: jnp.full((94, 128), 1.01)
   )
-  flags = ["--set=smoke", "--impl=ours", f"--results={tmp_path}"]
-  assert main(["run", "m_grouped", *flags, "--iterations=1"]) == 1
+  code, written = call(tmp_path, "m_grouped")
+  assert code == 1 and not written["rows"][0]["verified"]
+
+
+def test_plot(tmp_path):
+  rows = [
+    {"set": name, "shape": shape, "impl": impl, "us": 1.0, "tflops": 100.0}
+    for name in ("ragged", "dense")
+    for shape in ("a", "b")
+    for impl in ("ours", "deepgemm", "cublaslt_fp8")
+  ]
+  rows.append({"set": "dense", "shape": "b", "impl": "x", "unavailable": "no"})
+  path = tmp_path / "m_grouped-h200.json"
+  path.write_text(json.dumps({"rows": rows, "device": "GPU", "date": "today"}))
+  assert main(["plot", str(path)]) == 0
+  assert (tmp_path / "m_grouped-h200.png").stat().st_size > 10_000
 
 
 def test_problems_are_named_once():
-  for sets in shapes.SETS.values():
-    for problems in sets.values():
-      names = [problem.shape for problem in problems]
-      assert len(set(names)) == len(names)
+  for benchmark in ("m_grouped", "k_grouped"):
+    problems = shapes.problems(
+      benchmark, shapes.names(benchmark), ["aligned", "ragged"]
+    )
+    names = [(problem.set, problem.shape) for problem in problems]
+    assert len(set(names)) == len(names)
 
 
-def test_ragged_and_aligned_sizes():
-  for problem in shapes.SETS["m_grouped"]["aligned"]:
-    assert all(size % 128 == 0 for size in problem.sizes)
-  ragged = shapes.SETS["m_grouped"]["ragged"][0]
-  assert any(size % 128 for size in ragged.sizes)
-  assert ragged.flops == 2 * sum(ragged.sizes) * 6144 * 7168
+def test_group_sizes():
+  assert all(size % 128 == 0 for size in shapes.aligned_sizes(64, 512))
+  assert any(size % 128 for size in shapes.ragged_sizes(64, 512))
+  assert sum(shapes.one_hot_sizes(8, 16)) == 128
+  sizes = shapes.zipf_sizes(4096, 64, 8)
+  assert sum(sizes) == 4096 * 8 and max(sizes) <= 4096
+  # The most popular of 64 experts: about as often as its weight says.
+  assert max(shapes.zipf_sizes(4096, 64, 1)) == pytest.approx(
+    4096 / np.sum(1 / np.arange(1, 65)), rel=0.1
+  )
+
+
+def test_padding_does_not_count():
+  """Nor do the peers' names differ from what DESIGN calls them."""
+  (problem,) = shapes.problems("m_grouped", ["smoke"], ["ragged"])
+  assert problem.flops == 2 * sum(problem.sizes) * problem.n * problem.k
+  assert set(torch_peers.IMPLS) == set(torch_peers._RUN)

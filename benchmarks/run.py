@@ -1,0 +1,170 @@
+"""Runs the implementations of a benchmark side by side."""
+
+import importlib.util
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import torch_peers
+from benchmarks.shapes import Problem, problems
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("jax", "jaxlib", "torch", "tokenspeed-deepgemm", "tokamax")
+# Dense products per second of the tensor cores in FP8, without sparsity.
+_PEAK_TFLOPS = {"NVIDIA H100": 1979, "NVIDIA H200": 1979}
+
+
+def commit() -> str:
+  """Returns the commit that runs, with a + if files differ from it."""
+  command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+  try:
+    return subprocess.run(
+      command, capture_output=True, text=True, check=True, cwd=RESULTS.parent
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of Python and of what is installed."""
+  found = {"python": platform.python_version()}
+  for package in _PACKAGES:
+    try:
+      found[package] = metadata.version(package)
+    except metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def short_name(device: str) -> str:
+  """E.g. h200 for NVIDIA H200."""
+  return device.removeprefix("NVIDIA ").split()[0].lower()
+
+
+def write(path: Path, benchmark: str, device: str, rows, args) -> None:
+  """Writes the rows of one invocation."""
+  result = {
+    "benchmark": benchmark,
+    "device": device,
+    "date": time.strftime("%Y-%m-%d"),
+    "commit": args.commit or commit(),
+    "command": "python -m benchmarks " + shlex.join(args.argv),
+    "versions": versions(),
+    "rows": rows,
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class TorchPeers:
+  """The peers that need torch, in a process beside this one."""
+
+  def __init__(self):
+    self._process = None
+
+  def rows(self, problem: Problem, impls, iterations: int):
+    """Returns a row for each implementation."""
+    if not importlib.util.find_spec("torch"):
+      return [
+        {"impl": i, "unavailable": "torch is not installed"} for i in impls
+      ]
+    if self._process is None:
+      self._process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.torch_peers"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+      )
+    request = {
+      "problem": problem._asdict(),
+      "impls": impls,
+      "iterations": iterations,
+    }
+    self._process.stdin.write(json.dumps(request) + "\n")
+    self._process.stdin.flush()
+    rows = []
+    for line in self._process.stdout:
+      if not line.startswith("{"):
+        continue  # What libraries print.
+      row = json.loads(line)
+      if row.get("done"):
+        return rows
+      rows.append(row)
+    failed = [i for i in impls if i not in [row["impl"] for row in rows]]
+    self._process = None
+    return rows + [{"impl": i, "unavailable": "crashed"} for i in failed]
+
+
+def _measure(benchmark, problem, impls, iterations, torch):
+  """Yields a row for each implementation of the problem."""
+  from benchmarks import gemms
+
+  ours = [impl for impl in impls if impl in gemms.IMPLS[benchmark]]
+  peers = [impl for impl in impls if impl in torch_peers.IMPLS]
+  yield from gemms.rows(benchmark, problem, ours, iterations)
+  if peers:
+    yield from torch.rows(problem, peers, iterations)
+
+
+def _line(row, reference, peak) -> str:
+  """shape | us | TFLOP/s | % of peak | GB/s | times ours."""
+  head = f"{row['set']:8} {row['shape']:28} {row['impl']:24}"
+  if "us" not in row:
+    return f"{head} not run: {row['unavailable'][:80]}"
+  ratio = reference / row["us"] if reference else 1.0
+  return (
+    f"{head} {row['us']:10.1f} us {row['tflops']:7.1f} TFLOP/s "
+    f"{100 * row['tflops'] / peak:5.1f} % {row.get('gbps', 0):7.1f} GB/s "
+    f"{ratio:5.2f} x ours{'' if row['verified'] else ' WRONG'}"
+  )
+
+
+def run(args) -> int:
+  """Times what `args` names; 1 if a result is wrong."""
+  from benchmarks import gemms
+
+  todo = [
+    problem
+    for problem in problems(args.benchmark, args.shapes, args.groups)
+    if args.only in problem.shape
+  ]
+  impls = ["ours", *(args.peers or [])]
+  device = gemms.device()
+  peak = _PEAK_TFLOPS.get(device, float("nan"))
+  print(
+    f"{device}, {versions()}; quantised normal random numbers; "
+    f"groups {', '.join(args.groups)}; rows of padding do not count"
+  )
+  torch, rows = TorchPeers(), []
+  for problem in tqdm(todo, desc=args.benchmark, disable=None):
+    our_us = None
+    for row in _measure(args.benchmark, problem, impls, args.iterations, torch):
+      row = {
+        "set": problem.set,
+        "shape": problem.shape,
+        "impl": row["impl"],
+        "g": len(problem.sizes),
+        "m": sum(problem.sizes),
+        "n": problem.n,
+        "k": problem.k,
+        **row,
+      }
+      if "us" in row:
+        row["tflops"] = round(problem.flops / row["us"] / 1e6, 1)
+        our_us = row["us"] if row["impl"] == "ours" else our_us
+      tqdm.write(_line(row, our_us, peak))
+      rows.append(row)
+    path = args.json or (
+      RESULTS / f"{args.benchmark}-{short_name(device)}.json"
+    )
+    # After each problem: a run that is cut off leaves what it measured.
+    write(path, args.benchmark, device, rows, args)
+  print(f"{len(rows)} rows: {path}")
+  return 0 if all(row.get("verified", True) for row in rows) else 1
