@@ -1,6 +1,7 @@
 """Times the grouped GEMMs and their peers on the device at hand.
 
 python -m benchmarks run m_grouped --shapes deepgemm --groups ragged --peers all
+python -m benchmarks tune --shapes models --table mine.json
 python -m benchmarks plot benchmarks/results/m_grouped-h200.json
 """
 
@@ -51,17 +52,34 @@ def main(argv: list[str] | None = None) -> int:
   command.add_argument("--iterations", type=int, default=20)
   command.add_argument("--json", type=Path, help="default: in results/")
   command.add_argument("--commit", help="what runs, where git cannot tell")
+  command = commands.add_parser("tune", help="find the fastest configs")
+  command.add_argument("--shapes", nargs="+", default=["deepgemm"])
+  command.add_argument(
+    "--groups", nargs="+", choices=shapes.GROUPS, default=["ragged"]
+  )
+  command.add_argument("--only", default="", help="part of the shapes' names")
+  command.add_argument("--iterations", type=int, default=5)
+  command.add_argument("--table", type=Path, help="default: the package's")
   command = commands.add_parser("plot", help="draw a JSON of run as PNG")
   command.add_argument("json", type=Path)
   command.add_argument("--png", type=Path, help="default: beside the JSON")
   args = parser.parse_args(argv)
   if args.do == "plot":
     return plot(args.json, args.png or args.json.with_suffix(".png"))
+  if args.do == "tune":
+    args.benchmark = "m_grouped"
   unknown = set(args.shapes) - set(shapes.names(args.benchmark))
   if unknown:
     parser.error(
       f"--shapes must be of {shapes.names(args.benchmark)}, got {unknown}"
     )
+  if args.do == "tune":
+    from benchmarks.tune import tune
+    from jax_grouped_gemm.kernels import tuning
+
+    problems = shapes.problems("m_grouped", args.shapes, args.groups)
+    problems = [problem for problem in problems if args.only in problem.shape]
+    return tune(problems, args.table or tuning.TABLE, args.iterations)
   args.peers = _peers(args.benchmark, args.peers)
   args.argv = argv
   return run(args)

@@ -1,0 +1,76 @@
+"""What the tuning tables and the heuristic choose."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_grouped_gemm.config import SMEM_BYTES, Config
+from jax_grouped_gemm.kernels import tuning
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+  """A user's table with one entry, for the device at hand."""
+  entry = {
+    "kernel": "m_grouped",
+    "device": jax.devices()[0].device_kind,
+    "m": 4096,
+    "n": 512,
+    "k": 256,
+    "g": 8,
+    "out_dtype": "bfloat16",
+    "config": {"tile_n": 64, "cluster": 1, "num_stages": 3},
+    "us": 12.5,
+  }
+  path = tmp_path / "table.json"
+  path.write_text(json.dumps({"entries": [entry]}))
+  monkeypatch.setenv(tuning.TABLE_VARIABLE, str(path))
+  return Config(**entry["config"])
+
+
+def config(m=4096, n=512, k=256, g=8, dtype=jnp.bfloat16):
+  return tuning.m_grouped_config(m, n, k, g, dtype)
+
+
+def test_own_table_comes_first(table):
+  assert config() == table
+  assert config(m=5000) == table
+
+
+@pytest.mark.parametrize(
+  "other", [{"m": 9000}, {"n": 528}, {"k": 512}, {"g": 4}, {"dtype": "float32"}]
+)
+def test_other_problems_are_left_to_the_heuristic(table, monkeypatch, other):
+  chosen = config(**other)
+  monkeypatch.delenv(tuning.TABLE_VARIABLE)
+  assert chosen == config(**other) != table
+
+
+@pytest.mark.parametrize(
+  "text", ["", "{}", '{"entries": [{"m": 1}]}', '{"entries": [{"config": {}}]}']
+)
+def test_what_is_no_table_is_an_error(tmp_path, monkeypatch, text):
+  path = tmp_path / "broken.json"
+  path.write_text(text)
+  monkeypatch.setenv(tuning.TABLE_VARIABLE, str(path))
+  with pytest.raises(ValueError, match=r"broken.json is not a tuning table"):
+    config()
+
+
+def test_the_packages_table_is_one():
+  for entry in tuning.read_table(tuning.TABLE):
+    k = entry.k if entry.kernel == "m_grouped" else None
+    assert entry.config.smem_bytes(entry.out_dtype, k) <= SMEM_BYTES
+    assert entry.us > 0 and "NVIDIA" in entry.device
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("k", [16, 2880, 100_000])
+@pytest.mark.parametrize("n", [16, 528, 4096, 6144])
+def test_the_heuristics_choice_fits(n, k, dtype):
+  chosen = config(n=n, k=k, dtype=dtype)
+  assert chosen.smem_bytes(dtype, k) <= SMEM_BYTES
+  # No columns of a whole tile in vain.
+  assert chosen.tile_n * (chosen.cluster - 1) < n
