@@ -152,13 +152,13 @@ def accumulate(
 
   def compute_more_slices(carry):
     carry = compute_slice(jnp.int32(0), carry, is_first=True)
+    if not isinstance(k_iters, int):  # In pairs, K-grouped spills registers.
+      carry = lax.fori_loop(1, k_iters - 1, compute_slice, carry)
+      return compute_last_slice(carry)
     carry = lax.fori_loop(0, (k_iters - 2) // 2, compute_two_slices, carry)
-    return _cond(
-      k_iters % 2 == 1,
-      lambda carry: compute_last_slice(compute_slice(k_iters - 2, carry)),
-      compute_last_slice,
-      carry,
-    )
+    if k_iters % 2 == 1:
+      carry = compute_slice(jnp.int32(k_iters - 2), carry)
+    return compute_last_slice(carry)
 
   pl.when(lax.axis_index("wg") == 1)(lambda: plgpu.barrier_wait(turn))
   plgpu.barrier_wait(refs.full.at[first_slot])
