@@ -95,11 +95,15 @@ def check_out_dtype(dtype: DTypeLike):
 
 
 def check_config(config: Config | None, out_dtype, k: int | None = None):
-  """Raises TypeError or ValueError if no kernel can run with it."""
+  """Raises if no kernel can run with it: M-grouped, or K-grouped with k=None."""
   if config is None:
     return
   if not isinstance(config, Config):
     raise TypeError(f"config must be a Config or None, got {config!r}")
+  if k is None and config.cluster > 1 and config.multicast != "lhs":
+    raise NotImplementedError(
+      f"K-grouped clusters share lhs only, got multicast={config.multicast!r}"
+    )
   needed = config.smem_bytes(out_dtype, k)
   if needed > SMEM_BYTES:
     raise ValueError(

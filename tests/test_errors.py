@@ -183,6 +183,12 @@ CASES = [
   ),
   # What the kernels do not support.
   (
+    k_grouped,
+    {"config": Config(tile_n=128, multicast="rhs")},
+    NotImplementedError,
+    "share lhs only, got multicast='rhs'",
+  ),
+  (
     m_grouped,
     {
       "lhs": quantize(ONES((10, 40)), (1, 128)),
@@ -243,6 +249,7 @@ CASES = [
   (Recipe, {"power_of_two_scales": 1}, TypeError, "a bool, got 1"),
   (Config, {"tile_n": 96}, ValueError, r"\(64, 128, 192\), got 96"),
   (Config, {"cluster": 4}, ValueError, r"\(1, 2\), got 4"),
+  (Config, {"multicast": "out"}, ValueError, r"\('lhs', 'rhs'\), got out"),
   (Config, {"num_stages": 1}, ValueError, "at least 2, got 1"),
   (Config, {"raster_width": 0}, ValueError, "at least 1, got 0"),
   (Config, {"num_sms": 1}, ValueError, "cluster=2, got 1"),
