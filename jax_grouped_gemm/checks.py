@@ -95,7 +95,7 @@ def check_out_dtype(dtype: DTypeLike):
 
 
 def check_config(config: Config | None, out_dtype, k: int | None = None):
-  """Raises if no kernel can run with it: M-grouped, or K-grouped with k=None."""
+  """Raises if no kernel can run with it. K-grouped: k=None."""
   if config is None:
     return
   if not isinstance(config, Config):

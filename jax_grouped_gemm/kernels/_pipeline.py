@@ -235,7 +235,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
 
   return plgpu.kernel(
     kernel,
-    grid=((config.num_sms or _num_sms()) // config.cluster,),
+    grid=((config.num_sms or num_sms()) // config.cluster,),
     grid_names=("sm",),
     cluster=(config.cluster,),
     cluster_names=("cta",),
@@ -252,7 +252,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
   )
 
 
-def _num_sms() -> int:
+def num_sms() -> int:
   """Processors of the GPU at hand; those of an H100 or H200 without one."""
   device = jax.devices()[0]
   return device.core_count if device.platform == "gpu" else 132

@@ -7,6 +7,7 @@ the environment variable JAX_GROUPED_GEMM_TUNING_TABLE is its path.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_grouped_gemm.config import SMEM_BYTES, Config
+from jax_grouped_gemm.config import SCALE_BLOCK, SMEM_BYTES, Config
+from jax_grouped_gemm.kernels._pipeline import num_sms
 
 TABLE = Path(__file__).with_name("tuning_table.json")
 TABLE_VARIABLE = "JAX_GROUPED_GEMM_TUNING_TABLE"
@@ -24,21 +26,23 @@ TABLE_VARIABLE = "JAX_GROUPED_GEMM_TUNING_TABLE"
 _MAX_STAGES = 5  # More slots bring nothing.
 _MAX_M_RATIO = math.sqrt(2)  # of a problem's m to that of a measured entry.
 
-# Rates of (tile_n, cluster) relative to the best, when all columns are used.
-# 192 and 128: measured, M-grouped, 4 groups of ~8192 rows, n 6144, k 7168
-# (H200, jax 0.11.2). 64: an estimate, their loads take longer than their
-# products.
-_M_GROUPED_RATES = {
-  (192, 2): 1.0,
-  (192, 1): 0.98,
+# Microseconds of a k slice and of a tile besides, by tile_n. 192 and 128 fit
+# two problems (H200, jax 0.11.2; k 7168 and 2048, NOTES.md); 64 is an estimate.
+_SLICE_US = {192: 0.57, 128: 0.40, 64: 0.27}
+_TILE_US = {192: 1.1, 128: 0.8, 64: 0.6}
+# Relative times of (cluster, multicast). Few clusters share rhs if groups have
+# few row tiles.
+_CLUSTER_FACTOR = {(2, "lhs"): 1.0, (2, "rhs"): 0.995, (1, "lhs"): 1.015}
+_FEW_ROW_TILES, _FEW_ROW_TILES_FACTOR = 8, 1.015
+
+# K-grouped: rates of (tile_n, cluster) relative to the best, when all columns
+# are used. Tiles of 192 columns do not fit: out is f32, and both operands have
+# scales. 128: measured with M-grouped; 64: an estimate.
+_K_GROUPED_RATES = {
   (128, 2): 0.92,
   (128, 1): 0.84,
   (64, 2): 0.6,
   (64, 1): 0.5,
-}
-# Tiles of 192 columns do not fit: out is f32, and both operands have scales.
-_K_GROUPED_RATES = {
-  key: rate for key, rate in _M_GROUPED_RATES.items() if key[0] != 192
 }
 
 # ---------------------------------------------------------------- table
@@ -101,19 +105,32 @@ def _lookup(kernel: str, m, n, k, g, out_dtype: DTypeLike) -> Config | None:
 # ---------------------------------------------------------------- heuristic
 
 
-def _best(
-  n: int, k: int | None, rates, out_dtype: DTypeLike, **choices
-) -> Config:
-  """The fastest config by its rate and by the columns it computes in vain."""
+def m_grouped_candidates(k: int, out_dtype: DTypeLike) -> list[Config]:
+  """Returns what the heuristic chooses from."""
+  return [
+    most_stages(
+      Config(tile_n=tile_n, cluster=cluster, multicast=multicast), out_dtype, k
+    )
+    for tile_n, (cluster, multicast) in itertools.product(
+      _SLICE_US, _CLUSTER_FACTOR
+    )
+  ]
 
-  def time(key):
-    cluster_n = key[0] * key[1]
-    return -(-n // cluster_n) * cluster_n / rates[key]
 
-  tile_n, cluster = min(rates, key=time)
-  return most_stages(
-    Config(tile_n=tile_n, cluster=cluster, **choices), out_dtype, k
-  )
+def m_grouped_us(config: Config, m: int, n: int, k: int, g: int) -> float:
+  """Estimates the time of an M-grouped GEMM whose group sizes differ a bit."""
+  # Each group's last tile is half empty.
+  row_tiles = m / config.tile_m + min(g, m) / 2
+  factor = _CLUSTER_FACTOR[config.cluster, config.multicast]
+  columns = config.tile_n * config.cluster
+  if config.multicast == "rhs":
+    columns = config.tile_n
+    factor *= _FEW_ROW_TILES_FACTOR if row_tiles < _FEW_ROW_TILES * g else 1
+  col_tiles = -(-n // columns) * (columns // config.tile_n)
+  waves = math.ceil(row_tiles * col_tiles / (config.num_sms or num_sms()))
+  slices = -(-k // SCALE_BLOCK)
+  tile_us = slices * _SLICE_US[config.tile_n] + _TILE_US[config.tile_n]
+  return waves * tile_us * factor
 
 
 def most_stages(config: Config, out_dtype: DTypeLike, k: int | None) -> Config:
@@ -130,7 +147,10 @@ def m_grouped_config(
 ) -> Config:
   """The config of an M-grouped GEMM (m, k) x (g, n, k) -> (m, n)."""
   measured = _lookup("m_grouped", m, n, k, g, out_dtype)
-  return measured or _best(n, k, _M_GROUPED_RATES, out_dtype)
+  if measured:
+    return measured
+  configs = m_grouped_candidates(k, out_dtype)
+  return min(configs, key=lambda c: m_grouped_us(c, m, n, k, g))
 
 
 def k_grouped_config(
@@ -138,10 +158,17 @@ def k_grouped_config(
 ) -> Config:
   """The config of a K-grouped GEMM (m, t) x (n, t) -> (g, m, n)."""
   measured = _lookup("k_grouped", t, n, m, g, out_dtype)
-  return measured or _best(
-    n,
-    None,
-    _K_GROUPED_RATES,
-    out_dtype,
+  if measured:
+    return measured
+
+  def time(key):
+    columns = key[0] * key[1]
+    return -(-n // columns) * columns / _K_GROUPED_RATES[key]
+
+  tile_n, cluster = min(_K_GROUPED_RATES, key=time)
+  best = Config(
+    tile_n=tile_n,
+    cluster=cluster,
     raster_width=4,  # 1 % above 8: 4 groups of ~8192, 4096, 7168, H200.
   )
+  return most_stages(best, out_dtype, None)

@@ -1,7 +1,6 @@
 """Every config compiles for Hopper, without a GPU, and spills no register."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,18 @@ pytestmark = pytest.mark.slow
 
 WIDTHS = range(16, 16_000, 16)
 DTYPES = (jnp.bfloat16, jnp.float32)
-# What the heuristic may choose, each with the least n it chooses it for.
+# What the tables and the heuristics may choose.
+TABLE = tuning.read_table(tuning.TABLE)
 M_GROUPED = {
-  (tuning.m_grouped_config(4096, n, 1024, 4, dtype), dtype): n
-  for n, dtype in itertools.product(reversed(WIDTHS), DTYPES)
+  (config, dtype)
+  for dtype in DTYPES
+  for config in tuning.m_grouped_candidates(2880, dtype)
+} | {
+  (entry.config, jnp.dtype(entry.out_dtype).type)
+  for entry in TABLE
+  if entry.kernel == "m_grouped"
 }
+# With the least n it is chosen for.
 K_GROUPED = {
   tuning.k_grouped_config(256, n, 1024, 4): n for n in reversed(WIDTHS)
 }
@@ -58,10 +64,10 @@ def m_grouped_args(m, n, k, g):
   )
 
 
-@pytest.mark.parametrize("config, dtype", M_GROUPED)
+@pytest.mark.parametrize("config, dtype", sorted(M_GROUPED, key=str))
 def test_m_grouped_configs(compile_and_report, config, dtype):
   assert config.smem_bytes(dtype, 2880) <= SMEM_BYTES
-  for n in {M_GROUPED[config, dtype], config.tile_n * 8}:
+  for n in (config.tile_n + 16, config.tile_n * 8):
     gemm = functools.partial(
       m_grouped_gemm, m=4096, n=n, out_dtype=dtype, config=config
     )
