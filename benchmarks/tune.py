@@ -17,17 +17,19 @@ from jax_grouped_gemm import Config, m_grouped_gemm
 from jax_grouped_gemm.kernels import tuning
 
 _OUT_DTYPE = jnp.bfloat16
+_TILES = ((64, 2), (128, 2), (128, 3), (192, 2))  # tile_n, compute_wgs
 _CLUSTERS = ((1, "lhs"), (2, "lhs"), (2, "rhs"))
 
 
 def candidates(p: Problem) -> list[Config]:
   """Returns all configs worth trying."""
   found = []
-  for tile_n, (cluster, multicast), raster in itertools.product(
-    (64, 128, 192), _CLUSTERS, (2, 4, 8, 16)
+  for (tile_n, wgs), (cluster, multicast), raster in itertools.product(
+    _TILES, _CLUSTERS, (2, 4, 8, 16)
   ):
     config = Config(
       tile_n=tile_n,
+      compute_wgs=wgs,
       cluster=cluster,
       multicast=multicast,
       raster_width=raster,

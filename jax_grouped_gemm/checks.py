@@ -104,6 +104,10 @@ def check_config(config: Config | None, out_dtype, k: int | None = None):
     raise NotImplementedError(
       f"K-grouped clusters share lhs only, got multicast={config.multicast!r}"
     )
+  if k is None and config.compute_wgs != 2:
+    raise NotImplementedError(
+      f"K-grouped needs compute_wgs=2, got {config.compute_wgs}"
+    )
   needed = config.smem_bytes(out_dtype, k)
   if needed > SMEM_BYTES:
     raise ValueError(

@@ -9,7 +9,6 @@ SCALE_BLOCK = 128  # elements of the contracted axis that share one scale.
 WGMMA_M = 64  # rows of one wgmma instruction.
 TILE_SLOTS = 2  # tiles on their way from the loading to the other warpgroups.
 SCALE_ALIGN = 32  # scales in the 128 bytes that TMA aligns to in SMEM.
-COMPUTE_WGS = 2  # warpgroups of a CTA that multiply; one more loads.
 SMEM_BYTES = 232_448  # shared memory that one CTA may use on Hopper.
 _SMEM_ALIGN = 1024  # Mosaic aligns each swizzled buffer to this.
 _BARRIER_BYTES = 1024  # room for the barriers, an upper bound.
@@ -21,6 +20,8 @@ class Config:
 
   Attributes:
     tile_n: columns of out that one CTA computes at a time: 64, 128 or 192.
+    compute_wgs: warpgroups of a CTA that multiply, 2 or 3, each 64 rows of out;
+      one more loads. With 3, registers suffice for tile_n of 64 and 128 only.
     num_stages: slots of shared memory between loading and multiplying.
     cluster: CTAs, 1 or 2, that share what they load.
     multicast: what they share: "lhs", on neighbouring columns, or "rhs", on
@@ -31,6 +32,7 @@ class Config:
   """
 
   tile_n: int = 192
+  compute_wgs: int = 2
   num_stages: int = 4
   cluster: int = 2
   multicast: str = "lhs"
@@ -40,6 +42,7 @@ class Config:
   def __post_init__(self):
     for name, allowed in {
       "tile_n": (64, 128, 192),
+      "compute_wgs": (2, 3),
       "cluster": (1, 2),
       "multicast": ("lhs", "rhs"),
     }.items():
@@ -52,6 +55,8 @@ class Config:
         raise ValueError(
           f"{name} must be at least {least}, got {getattr(self, name)}"
         )
+    if self.compute_wgs == 3 and self.tile_n == 192:
+      raise ValueError("tile_n=192 needs compute_wgs=2, got 3")
     if self.num_sms is not None and self.num_sms < self.cluster:
       raise ValueError(
         f"num_sms must be at least cluster={self.cluster}, got {self.num_sms}"
@@ -60,7 +65,7 @@ class Config:
   @property
   def tile_m(self) -> int:
     """Rows of out that one CTA computes."""
-    return COMPUTE_WGS * WGMMA_M
+    return self.compute_wgs * WGMMA_M
 
   def smem_bytes(self, out_dtype: DTypeLike, k: int | None = None) -> int:
     """Upper bound of the shared memory of a CTA, in bytes.

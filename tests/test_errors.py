@@ -189,6 +189,12 @@ CASES = [
     "share lhs only, got multicast='rhs'",
   ),
   (
+    k_grouped,
+    {"config": Config(tile_n=128, compute_wgs=3)},
+    NotImplementedError,
+    "needs compute_wgs=2, got 3",
+  ),
+  (
     m_grouped,
     {
       "lhs": quantize(ONES((10, 40)), (1, 128)),
@@ -250,6 +256,8 @@ CASES = [
   (Config, {"tile_n": 96}, ValueError, r"\(64, 128, 192\), got 96"),
   (Config, {"cluster": 4}, ValueError, r"\(1, 2\), got 4"),
   (Config, {"multicast": "out"}, ValueError, r"\('lhs', 'rhs'\), got out"),
+  (Config, {"compute_wgs": 4}, ValueError, r"\(2, 3\), got 4"),
+  (Config, {"compute_wgs": 3}, ValueError, "tile_n=192 needs compute_wgs=2"),
   (Config, {"num_stages": 1}, ValueError, "at least 2, got 1"),
   (Config, {"raster_width": 0}, ValueError, "at least 1, got 0"),
   (Config, {"num_sms": 1}, ValueError, "cluster=2, got 1"),

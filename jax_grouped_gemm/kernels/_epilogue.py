@@ -8,21 +8,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from jax_grouped_gemm.config import COMPUTE_WGS, WGMMA_M
+from jax_grouped_gemm.config import WGMMA_M, Config
 from jax_grouped_gemm.kernels._pipeline import Ref
 from jax_grouped_gemm.kernels._walk import Tile
 
 SWIZZLE_BYTES = 128  # the widest row of a swizzled SMEM buffer.
 
 
-def out_smem(tile_n: int, slice_n: int, dtype: DTypeLike):
+def out_smem(config: Config, slice_n: int, dtype: DTypeLike):
   """SMEM (wg, slices, 64, slice_n) to stage a tile of out for TMA.
 
   Each slice of columns is a buffer of its own: Mosaic's stores to column slices
   of one swizzled buffer are wrong on hardware in all but the first (jax
   0.11.2). Mosaic swizzles them, so the columns of out must be whole slices.
   """
-  return plgpu.SMEM((COMPUTE_WGS, tile_n // slice_n, WGMMA_M, slice_n), dtype)
+  slices = config.tile_n // slice_n
+  return plgpu.SMEM((config.compute_wgs, slices, WGMMA_M, slice_n), dtype)
 
 
 def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col, predicate=True):

@@ -12,13 +12,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from jax_grouped_gemm.config import (
-  COMPUTE_WGS,
-  WGMMA_M,
-  Config,
-)
+from jax_grouped_gemm.config import WGMMA_M, Config
 
-_LOAD_REGS, _COMPUTE_REGS = 40, 232  # 40 + 2 * 232 <= 512 per lane quartet.
+# Registers of a thread that loads and of one that multiplies, by compute_wgs.
+# An SM has 65536: 512 for the threads of one index in their warpgroups.
+_REGS = {2: (40, 232), 3: (32, 160)}
 
 Ref = Any  # Pallas refs have no public type that supports `.at`.
 
@@ -117,12 +115,15 @@ def accumulate(
 
   The tensor cores are always busy if one warpgroup promotes while the products
   of the other run. Those that start together share the tensor cores, end
-  together and stay so. So in each tile warpgroup 1 starts when the first
-  products of warpgroup 0 have ended.
+  together and stay so. So in each tile a warpgroup starts when the first
+  products of the one before it have ended.
   """
   num_stages = refs.lhs_smem.shape[0]
   first_slot = lax.rem(step, num_stages)
-  turn = refs.turn.at[first_slot]
+  wg, turns = lax.axis_index("wg"), refs.turn.shape[0] // num_stages
+  # What a warpgroup waits for, and what it tells the next one.
+  turn = refs.turn.at[first_slot * turns + jnp.maximum(wg - 1, 0)]
+  next_turn = refs.turn.at[first_slot * turns + jnp.minimum(wg, turns - 1)]
 
   def start(slot):
     return start_products(refs, tile_n, slot, interpret)
@@ -131,7 +132,7 @@ def accumulate(
     plgpu.wgmma_wait(0)
     products = lax.optimization_barrier(products)  # No use before the wait.
     if is_first:
-      pl.when(lax.axis_index("wg") == 0)(lambda: plgpu.barrier_arrive(turn))
+      pl.when(wg < turns)(lambda: plgpu.barrier_arrive(next_turn))
     plgpu.barrier_arrive(refs.empty.at[slot])
     return lax.optimization_barrier(promote(acc, products, scales))
 
@@ -160,7 +161,7 @@ def accumulate(
       carry = compute_slice(jnp.int32(k_iters - 2), carry)
     return compute_last_slice(carry)
 
-  pl.when(lax.axis_index("wg") == 1)(lambda: plgpu.barrier_wait(turn))
+  pl.when(wg > 0)(lambda: plgpu.barrier_wait(turn))
   plgpu.barrier_wait(refs.full.at[first_slot])
   return _cond(
     k_iters == 1,
@@ -197,18 +198,20 @@ def empty_barriers(config: Config):
   """
   if config.cluster == 1:
     return plgpu.Barrier(
-      num_arrivals=COMPUTE_WGS, num_barriers=config.num_stages
+      num_arrivals=config.compute_wgs, num_barriers=config.num_stages
     )
   return plgpu.ClusterBarrier(
     collective_axes=("cta",),
-    num_arrivals=COMPUTE_WGS,
+    num_arrivals=config.compute_wgs,
     num_barriers=config.num_stages,
   )
 
 
 def turn_barriers(config: Config):
-  """See accumulate. One a slot: its next use comes after the wait for it."""
-  return plgpu.Barrier(num_barriers=config.num_stages)
+  """See accumulate. For each slot: its next use comes after the wait for it."""
+  return plgpu.Barrier(
+    num_barriers=config.num_stages * (config.compute_wgs - 1)
+  )
 
 
 def launch(load, compute, *, name, config, interpret, refs_type, **types):
@@ -218,18 +221,20 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
   filled; the two others run `compute(refs)`.
   """
 
+  load_regs, compute_regs = _REGS[config.compute_wgs]
+
   def kernel(*operands_and_out, **scratch):
     refs = refs_type(*operands_and_out, **scratch)
     wg = lax.axis_index("wg")
 
-    @pl.when(wg == COMPUTE_WGS)
+    @pl.when(wg == config.compute_wgs)
     def load_warpgroup():
-      plgpu.set_max_registers(_LOAD_REGS, action="decrease")
+      plgpu.set_max_registers(load_regs, action="decrease")
       drain(refs.empty, config.num_stages, load(refs))
 
-    @pl.when(wg < COMPUTE_WGS)
+    @pl.when(wg < config.compute_wgs)
     def compute_warpgroup():
-      plgpu.set_max_registers(_COMPUTE_REGS, action="increase")
+      plgpu.set_max_registers(compute_regs, action="increase")
       compute(refs)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -239,7 +244,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     grid_names=("sm",),
     cluster=(config.cluster,),
     cluster_names=("cta",),
-    num_threads=COMPUTE_WGS + 1,
+    num_threads=config.compute_wgs + 1,
     thread_name="wg",
     compiler_params=plgpu.CompilerParams(
       # full/empty above order every SMEM access, so none need be inserted.

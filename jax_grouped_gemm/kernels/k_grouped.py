@@ -9,8 +9,8 @@ out (g, m, n) are row-major. A group without blocks gives zeros, or its
 accumulator.
 
 Warpgroups of one CTA, over num_stages slots of SMEM:
-  wg 0, 1  _compute_tile | wait full  | wgmma, promote | arrive empty | store
-  wg 2     _load_tile    | wait empty | TMA lhs, rhs, both scales -> full
+  wg 0, …  _compute_tile | wait full  | wgmma, promote | arrive empty | store
+  last wg  _load_tile    | wait empty | TMA lhs, rhs, both scales -> full
 The CTAs of a cluster work on neighbouring columns of one row tile: each loads
 half of the lhs tile for both.
 """
@@ -27,7 +27,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_grouped_gemm.config import (
-  COMPUTE_WGS,
   SCALE_BLOCK,
   WGMMA_M,
   Config,
@@ -241,14 +240,14 @@ def k_grouped_gemm(
     rhs_smem=plgpu.SMEM((stages, tile_n, SCALE_BLOCK), rhs.dtype),
     lhs_scales_smem=plgpu.SMEM((stages, tile_m), jnp.float32),
     rhs_scales_smem=plgpu.SMEM((stages, tile_n), jnp.float32),
-    out_smem=_epilogue.out_smem(tile_n, slice_n, out_dtype),
+    out_smem=_epilogue.out_smem(config, slice_n, out_dtype),
     full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
     empty=_pipeline.empty_barriers(config),
     turn=_pipeline.turn_barriers(config),
   )
   if with_accumulator:
     scratch_types["accumulator_full"] = plgpu.Barrier(
-      num_arrivals=tile_n // slice_n, num_barriers=COMPUTE_WGS
+      num_arrivals=tile_n // slice_n, num_barriers=config.compute_wgs
     )
   out = _pipeline.launch(
     for_each_tile(_load_tile),

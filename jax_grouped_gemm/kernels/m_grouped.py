@@ -7,9 +7,9 @@ kb runs over slices of 128 elements of k. Rows of no group are zero. lhs (m, k),
 rhs (g, n, k) and out (m, n) are row-major; groups start at any row.
 
 Warpgroups of one CTA, over num_stages slots of SMEM:
-  wg 0, 1  _compute_tiles | wait full  | wgmma, promote | arrive empty | store
-  wg 2     _load_tiles    | wait empty | TMA lhs, rhs, lhs_scales -> full
-Warpgroup 2 also walks over the group sizes and tells the others their tiles.
+  wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | store
+  last wg  _load_tiles    | wait empty | TMA lhs, rhs, lhs_scales -> full
+The last one also walks over the group sizes and tells the others their tiles.
 The CTAs of a cluster work on neighbouring columns of one row tile, and each
 loads half of the lhs tile for both; or on neighbouring rows, and share rhs.
 """
@@ -26,7 +26,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_grouped_gemm.config import (
-  COMPUTE_WGS,
   SCALE_ALIGN,
   SCALE_BLOCK,
   TILE_SLOTS,
@@ -284,7 +283,7 @@ def m_grouped_gemm(
       lhs_smem=plgpu.SMEM((stages, tile_m, SCALE_BLOCK), lhs.dtype),
       rhs_smem=plgpu.SMEM((stages, tile_n, SCALE_BLOCK), rhs.dtype),
       lhs_scales_smem=plgpu.SMEM((stages, tile_m), jnp.float32),
-      out_smem=_epilogue.out_smem(tile_n, slice_n, out_dtype),
+      out_smem=_epilogue.out_smem(config, slice_n, out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
       turn=_pipeline.turn_barriers(config),
@@ -298,7 +297,7 @@ def m_grouped_gemm(
       tiles_smem=plgpu.SMEM((TILE_SLOTS, len(Tile._fields)), jnp.int32),
       tiles_full=plgpu.Barrier(num_barriers=TILE_SLOTS),
       tiles_empty=plgpu.Barrier(
-        num_arrivals=COMPUTE_WGS, num_barriers=TILE_SLOTS
+        num_arrivals=config.compute_wgs, num_barriers=TILE_SLOTS
       ),
     ),
   )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))

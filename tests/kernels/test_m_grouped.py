@@ -53,6 +53,20 @@ def test_every_pattern_of_empty_groups(interpreter):
       check(gemm(*operands), *expected, label=sizes)
 
 
+@pytest.mark.parametrize("multicast", ["lhs", "rhs"])
+@pytest.mark.parametrize("tile_n", [64, 128])
+def test_three_compute_warpgroups(interpreter, tile_n, multicast):
+  config = Config(
+    tile_n=tile_n,
+    compute_wgs=3,
+    multicast=multicast,
+    num_stages=3,
+    num_sms=4,
+  )
+  with interpreter():
+    run([100, 0, 37, 300], 445, 2 * tile_n + 16, 400, config)
+
+
 @pytest.mark.parametrize("config", [SMALL, SHARED_RHS])
 def test_ragged_and_hostile_sizes(interpreter, config):
   gemm = jitted(m=300, n=64, out_dtype=jnp.bfloat16, config=config)
