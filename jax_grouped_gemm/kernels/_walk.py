@@ -159,6 +159,17 @@ class Walk:
 # ---------------------------------------------------------------- queue
 
 
+def queue_types(config: Config):
+  """The scratch that the functions below expect in refs."""
+  return dict(
+    tiles_smem=plgpu.SMEM((TILE_SLOTS, len(Tile._fields)), jnp.int32),
+    tiles_full=plgpu.Barrier(num_barriers=TILE_SLOTS),
+    tiles_empty=plgpu.Barrier(
+      num_arrivals=config.compute_wgs, num_barriers=TILE_SLOTS
+    ),
+  )
+
+
 def announce(refs, i, tile: Tile):
   """Hands the i-th tile to the compute warpgroups, through SMEM."""
   slot = lax.rem(i, TILE_SLOTS)

@@ -294,11 +294,7 @@ def m_grouped_gemm(
         num_arrivals=len(_scale_boxes(stored_k_blocks)),
         num_barriers=TILE_SLOTS,
       ),
-      tiles_smem=plgpu.SMEM((TILE_SLOTS, len(Tile._fields)), jnp.int32),
-      tiles_full=plgpu.Barrier(num_barriers=TILE_SLOTS),
-      tiles_empty=plgpu.Barrier(
-        num_arrivals=config.compute_wgs, num_barriers=TILE_SLOTS
-      ),
+      **_walk.queue_types(config),
     ),
   )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))
   return out[:, :n]
