@@ -26,7 +26,7 @@ def out_smem(config: Config, slice_n: int, dtype: DTypeLike):
   return plgpu.SMEM((config.compute_wgs, slices, WGMMA_M, slice_n), dtype)
 
 
-def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col, predicate=True):
+def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col):
   """Stores columns from `col` on, unless they lie beyond those of out.
 
   Nothing waits for it before plgpu.commit_smem_to_gmem_group, which is slow.
@@ -35,7 +35,7 @@ def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col, predicate=True):
 
   # TMA clips what is out of bounds, but Mosaic drops dimensions of size 1, the
   # only slice of a narrow out, and the index of a second one with them.
-  @pl.when(predicate & (col < out_gmem.shape[-1]))
+  @pl.when(col < out_gmem.shape[-1])
   def store():
     plgpu.copy_smem_to_gmem(
       slice_smem, out_gmem.at[rows, cols], commit_group=False
