@@ -130,11 +130,15 @@ def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
   @pl.when(k_iters > 0)
   def load_rhs_scales():
     slot = lax.rem(i, TILE_SLOTS)
-    dst, full = refs.rhs_scales_smem.at[slot], refs.rhs_scales_full.at[slot]
-    # Blocks beyond those of rhs_scales are zeros.
-    blocks = pl.ds(lax.div(tile.ni * config.tile_n, SCALE_BLOCK), dst.shape[0])
-    for ks in _scale_boxes(dst.shape[1]):
-      copy(refs.rhs_scales_gmem.at[tile.group, blocks, ks], dst.at[:, ks], full)
+    full = refs.rhs_scales_full.at[slot]
+    _, blocks, k_blocks = refs.rhs_scales_gmem.shape
+    first = lax.div(tile.ni * config.tile_n, SCALE_BLOCK)
+    for b in range(refs.rhs_scales_smem.shape[1]):
+      # A tile may have columns beyond the last block; they are not stored.
+      block = jnp.minimum(first + b, blocks - 1)
+      for ks in _scale_boxes(k_blocks):
+        src = refs.rhs_scales_gmem.at[tile.group, block, ks]
+        copy(src, refs.rhs_scales_smem.at[slot, b, ks], full)
 
   def load_slice(ki, slot):
     ks = pl.ds(ki * SCALE_BLOCK, SCALE_BLOCK)
@@ -291,7 +295,7 @@ def m_grouped_gemm(
         (TILE_SLOTS, blocks, stored_k_blocks), jnp.float32
       ),
       rhs_scales_full=plgpu.Barrier(
-        num_arrivals=len(_scale_boxes(stored_k_blocks)),
+        num_arrivals=blocks * len(_scale_boxes(rhs_scales.shape[2])),
         num_barriers=TILE_SLOTS,
       ),
       **_walk.queue_types(config),
