@@ -120,10 +120,7 @@ def accumulate(
   """
   num_stages = refs.lhs_smem.shape[0]
   first_slot = lax.rem(step, num_stages)
-  wg, turns = lax.axis_index("wg"), refs.turn.shape[0] // num_stages
-  # What a warpgroup waits for, and what it tells the next one.
-  turn = refs.turn.at[first_slot * turns + jnp.maximum(wg - 1, 0)]
-  next_turn = refs.turn.at[first_slot * turns + jnp.minimum(wg, turns - 1)]
+  await_turn, pass_turn = _turn(refs.turn, first_slot, num_stages)
 
   def start(slot):
     return start_products(refs, tile_n, slot, interpret)
@@ -132,7 +129,7 @@ def accumulate(
     plgpu.wgmma_wait(0)
     products = lax.optimization_barrier(products)  # No use before the wait.
     if is_first:
-      pl.when(wg < turns)(lambda: plgpu.barrier_arrive(next_turn))
+      pass_turn()
     plgpu.barrier_arrive(refs.empty.at[slot])
     return lax.optimization_barrier(promote(acc, products, scales))
 
@@ -161,13 +158,40 @@ def accumulate(
       carry = compute_slice(jnp.int32(k_iters - 2), carry)
     return compute_last_slice(carry)
 
-  pl.when(wg > 0)(lambda: plgpu.barrier_wait(turn))
+  await_turn()
   plgpu.barrier_wait(refs.full.at[first_slot])
   return _cond(
     k_iters == 1,
     functools.partial(compute_last_slice, is_first=True),
     compute_more_slices,
     (first_slot, init, start(first_slot)),
+  )
+
+
+def skip(refs, k_iters, step):
+  """Releases the slots of a tile in which the warpgroup has nothing to do."""
+  num_stages = refs.lhs_smem.shape[0]
+  await_turn, pass_turn = _turn(
+    refs.turn, lax.rem(step, num_stages), num_stages
+  )
+  await_turn()
+  pass_turn()
+
+  @pl.loop(0, k_iters)
+  def release_slot(ki):
+    slot = lax.rem(step + ki, num_stages)
+    plgpu.barrier_wait(refs.full.at[slot])
+    plgpu.barrier_arrive(refs.empty.at[slot])
+
+
+def _turn(turn: Ref, slot, num_stages: int):
+  """Returns what waits for this warpgroup's turn, and what ends it."""
+  wg, turns = lax.axis_index("wg"), turn.shape[0] // num_stages
+  before = turn.at[slot * turns + jnp.maximum(wg - 1, 0)]
+  after = turn.at[slot * turns + jnp.minimum(wg, turns - 1)]
+  return (
+    lambda: pl.when(wg > 0)(lambda: plgpu.barrier_wait(before)),
+    lambda: pl.when(wg < turns)(lambda: plgpu.barrier_arrive(after)),
   )
 
 

@@ -26,18 +26,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_grouped_gemm.config import (
-  SCALE_ALIGN,
   SCALE_BLOCK,
   TILE_SLOTS,
   WGMMA_M,
   Config,
 )
-from jax_grouped_gemm.kernels import _epilogue, _pipeline, _walk
+from jax_grouped_gemm.kernels import _epilogue, _pipeline, _rhs_scales, _walk
 from jax_grouped_gemm.kernels._pipeline import Ref
+from jax_grouped_gemm.kernels._rhs_scales import SLICE_N
 from jax_grouped_gemm.kernels._walk import END, ROW_ALIGN, Tile, Walk
-
-_SLICE_N = 64  # columns that surely share one rhs scale, for any tile_n.
-_MAX_BOX = 256  # elements along an axis that TMA loads at once.
 
 
 class _Refs(NamedTuple):
@@ -57,8 +54,8 @@ class _Refs(NamedTuple):
   full: Ref  # (stages,) 3 arrivals: lhs, rhs, lhs_scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   turn: Ref  # (stages,): see _pipeline.accumulate
-  rhs_scales_smem: Ref  # (TILE_SLOTS, blocks, k/128) f32: of a tile's columns
-  rhs_scales_full: Ref  # (TILE_SLOTS,) one arrival
+  rhs_scales_smem: Ref  # (TILE_SLOTS, blocks, k/128) f32: see _rhs_scales
+  rhs_scales_full: Ref  # (TILE_SLOTS,)
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
@@ -110,13 +107,6 @@ def _k_iters(refs: _Refs) -> int:
   return refs.lhs_gmem.shape[1] // SCALE_BLOCK
 
 
-def _scale_boxes(k_blocks: int):
-  """What TMA can load at once of rows of `k_blocks` scales."""
-  return [
-    pl.ds(k, min(k_blocks - k, _MAX_BOX)) for k in range(0, k_blocks, _MAX_BOX)
-  ]
-
-
 def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
   """Loads the k slices of the i-th tile into consecutive slots."""
   rows = pl.ds(pl.multiple_of(tile.row, ROW_ALIGN), config.tile_m)
@@ -127,18 +117,7 @@ def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
     axes = "cta" if is_shared else None
     plgpu.copy_gmem_to_smem(src, dst, full, collective_axes=axes)
 
-  @pl.when(k_iters > 0)
-  def load_rhs_scales():
-    slot = lax.rem(i, TILE_SLOTS)
-    full = refs.rhs_scales_full.at[slot]
-    _, blocks, k_blocks = refs.rhs_scales_gmem.shape
-    first = lax.div(tile.ni * config.tile_n, SCALE_BLOCK)
-    for b in range(refs.rhs_scales_smem.shape[1]):
-      # A tile may have columns beyond the last block; they are not stored.
-      block = jnp.minimum(first + b, blocks - 1)
-      for ks in _scale_boxes(k_blocks):
-        src = refs.rhs_scales_gmem.at[tile.group, block, ks]
-        copy(src, refs.rhs_scales_smem.at[slot, b, ks], full)
+  pl.when(k_iters > 0)(lambda: _rhs_scales.load(refs, config, i, tile))
 
   def load_slice(ki, slot):
     ks = pl.ds(ki * SCALE_BLOCK, SCALE_BLOCK)
@@ -167,14 +146,31 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
 
   def compute_tile(state):
     i, step, _ = state
-    sums = _accumulate_tile(refs, config, i, step, interpret)
-    _epilogue.stage(refs, sums)
-    return store_tile((i, step + _k_iters(refs), True))
+    tile = _walk.read_tile(refs, i)
+    # The last tile of a group may have no rows for this warpgroup.
+    first_row = lax.axis_index("wg") * WGMMA_M
+    has_rows = (tile.size > 0) & (first_row < tile.offset + tile.size)
 
-  def store_tile(state):
+    @pl.when(has_rows)
+    def compute():
+      sums = _accumulate_tile(refs, config, i, step, interpret)
+      _epilogue.stage(refs, sums)
+      _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
+
+    @pl.when(~has_rows)
+    def skip():
+      _rhs_scales.wait(refs, i)
+      _pipeline.skip(refs, _k_iters(refs), step)
+
+    return next_tile(i, step + _k_iters(refs))
+
+  def store_zeros(state):
     i, step, _ = state
     tile = _walk.read_tile(refs, i)
     _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
+    return next_tile(i, step)
+
+  def next_tile(i, step):
     _walk.release_tile(refs, i)
     return i + 1, step, _walk.is_tile(refs, i + 1)
 
@@ -185,40 +181,22 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
     return i + 1
 
   i = for_each_tile(compute_tile, jnp.int32(0))
-  zeros = _pipeline.wgmma_zeros((WGMMA_M, _SLICE_N))
-  _epilogue.stage(refs, [zeros] * (config.tile_n // _SLICE_N))
-  for_each_tile(store_tile, i)
-
-
-def _load_rhs_scales(refs: _Refs, config: Config, i, ni, ki):
-  """Returns the rhs scale of every 64 columns of tile i's k slice."""
-  slot = lax.rem(i, TILE_SLOTS)
-  blocks = [
-    refs.rhs_scales_smem[slot, b, ki]
-    for b in range(refs.rhs_scales_smem.shape[1])
-  ]
-  slices = range(config.tile_n // _SLICE_N)
-  if len(blocks) == 1:
-    return [blocks[0] for _ in slices]
-  # A tile with an odd number of 64-column slices may start amid a block.
-  starts_block = lax.rem(ni * config.tile_n, SCALE_BLOCK) == 0
-  return [
-    lax.select(starts_block, blocks[j // 2], blocks[(j + 1) // 2])
-    for j in slices
-  ]
+  zeros = _pipeline.wgmma_zeros((WGMMA_M, SLICE_N))
+  _epilogue.stage(refs, [zeros] * (config.tile_n // SLICE_N))
+  for_each_tile(store_zeros, i)
 
 
 def _accumulate_tile(refs: _Refs, config: Config, i, step, interpret):
   """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns."""
-  shape = (WGMMA_M, _SLICE_N)
-  columns = [slice(c, c + _SLICE_N) for c in range(0, config.tile_n, _SLICE_N)]
+  shape = (WGMMA_M, SLICE_N)
+  columns = [slice(c, c + SLICE_N) for c in range(0, config.tile_n, SLICE_N)]
 
-  plgpu.barrier_wait(refs.rhs_scales_full.at[lax.rem(i, TILE_SLOTS)])
+  _rhs_scales.wait(refs, i)
   ni = _walk.read_tile(refs, i).ni
 
   def load_scales(slot, ki):
     lhs_scales = _pipeline.load_row_scales(refs.lhs_scales_smem, slot)
-    rhs_scales = _load_rhs_scales(refs, config, i, ni, ki)
+    rhs_scales = _rhs_scales.read(refs, config, i, ni, ki)
     return [lhs_scales * rhs_scale for rhs_scale in rhs_scales]
 
   def promote(sums, products, scales):
@@ -267,9 +245,6 @@ def m_grouped_gemm(
   # TMA wants rows of whole 16 bytes.
   k_blocks = rhs_scales.shape[2]
   rhs_scales = jnp.pad(rhs_scales, ((0, 0), (0, 0), (0, -k_blocks % 4)))
-  stored_k_blocks = k_blocks + -k_blocks % SCALE_ALIGN
-  # A tile has columns of at most two scale blocks, if rhs has as many.
-  blocks = min(pl.cdiv(config.tile_n, SCALE_BLOCK), rhs_scales.shape[1])
   stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
   # A staged row has 128 bytes, so that TMA may start at any row, and out has
   # whole ones: other n cost a copy of out.
@@ -291,13 +266,7 @@ def m_grouped_gemm(
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
       turn=_pipeline.turn_barriers(config),
-      rhs_scales_smem=plgpu.SMEM(
-        (TILE_SLOTS, blocks, stored_k_blocks), jnp.float32
-      ),
-      rhs_scales_full=plgpu.Barrier(
-        num_arrivals=blocks * len(_scale_boxes(rhs_scales.shape[2])),
-        num_barriers=TILE_SLOTS,
-      ),
+      **_rhs_scales.scratch_types(rhs_scales.shape, config),
       **_walk.queue_types(config),
     ),
   )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))
