@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
   command.add_argument("--only", default="", help="part of the shapes' names")
   command.add_argument("--iterations", type=int, default=5)
   command.add_argument("--table", type=Path, help="default: the package's")
+  command.add_argument("--sweeps", type=Path, help="JSON of all times")
+  command.add_argument("--jobs", type=int, default=4, help="that compile")
   command = commands.add_parser("plot", help="draw a JSON of run as PNG")
   command.add_argument("json", type=Path)
   command.add_argument("--png", type=Path, help="default: beside the JSON")
@@ -79,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
 
     problems = shapes.problems("m_grouped", args.shapes, args.groups)
     problems = [problem for problem in problems if args.only in problem.shape]
-    return tune(problems, args.table or tuning.TABLE, args.iterations)
+    table = args.table or tuning.TABLE
+    return tune(problems, table, args.iterations, args.sweeps, args.jobs)
   args.peers = _peers(args.benchmark, args.peers)
   args.argv = argv
   return run(args)

@@ -109,21 +109,36 @@ def _model_problems():
         yield Problem("models", shape, sizes, n, k)
 
 
+def _random_moe_problems(count: int = 20):
+  """Layers that no table has: what the heuristic is judged by."""
+  rng = random.Random(0)
+  for _ in range(count):
+    experts = rng.choice((8, 16, 32, 64, 128, 256))
+    top_k = rng.choice((1, 2, 4, 8))
+    tokens = 2 ** rng.randint(10, 15) + rng.randrange(1024)
+    n, k = (64 * rng.randint(16, 112) for _ in range(2))
+    shape = f"{experts} experts, top {top_k} of {tokens} tokens, {n}, {k}"
+    yield Problem("random", shape, zipf_sizes(tokens, experts, top_k), n, k)
+
+
 def names(benchmark: str) -> list[str]:
   """Returns what --shapes may be."""
-  of_models = ["models", "dense"] if benchmark == "m_grouped" else []
+  of_models = ["models", "random", "dense"] if benchmark == "m_grouped" else []
   return [*_GROUPED[benchmark], *of_models]
 
 
 def problems(benchmark: str, shapes, groups) -> list[Problem]:
   """Returns the problems of the named shapes with the named group sizes.
 
-  Those of "models" are routed as zipf_sizes says, "dense" is a single group.
+  Those of "models" and "random" are routed as zipf_sizes says, "dense" is a
+  single group.
   """
   result = []
   for name in shapes:
     if name == "models":
       result += _model_problems()
+    elif name == "random":
+      result += _random_moe_problems()
     elif name == "dense":
       result.append(Problem("dense", "8192, 8192, 8192", (8192,), 8192, 8192))
     else:

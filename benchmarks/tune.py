@@ -1,8 +1,11 @@
 """Finds the fastest config of each problem by trying them all."""
 
 import dataclasses
+import functools
 import itertools
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -41,7 +44,7 @@ def candidates(p: Problem) -> list[Config]:
   return found
 
 
-def sweep(p: Problem, configs, iterations: int) -> dict[Config, float]:
+def sweep(p: Problem, iterations: int, lock) -> dict[Config, float]:
   """Returns the time of each config in microseconds."""
   gemm = MGrouped(p)
   operands = gemm.lhs, gemm.rhs, gemm.sizes
@@ -52,23 +55,44 @@ def sweep(p: Problem, configs, iterations: int) -> dict[Config, float]:
       ),
       *operands,
       iterations=iterations,
+      lock=lock,
     )
-    for config in tqdm(configs, desc=p.shape, leave=False, disable=None)
+    for config in candidates(p)
   }
 
 
-def tune(problems: list[Problem], path: Path, iterations: int) -> int:
-  """Adds the problems to the table at `path`, and prints what was found."""
+def _sweeps(problems: list[Problem], iterations: int, jobs: int):
+  """Yields each problem's sweep. Jobs compile side by side and run in turns."""
+  context = multiprocessing.get_context("spawn")  # jax must not be forked.
+  with (
+    context.Manager() as manager,
+    ProcessPoolExecutor(jobs, mp_context=context) as pool,
+  ):
+    call = functools.partial(sweep, iterations=iterations, lock=manager.Lock())
+    yield from zip(problems, pool.map(call, problems), strict=True)
+
+
+def tune(
+  problems: list[Problem],
+  path: Path,
+  iterations: int,
+  sweeps: Path | None,
+  jobs: int,
+) -> int:
+  """Adds the problems to the table at `path`, and prints what was found.
+
+  All times go to the file `sweeps`: what the heuristic can be fitted to.
+  """
   device = jax.devices()[0].device_kind
-  entries = {}
+  entries, measured = {}, []
   if path.exists():
     entries = {
       dataclasses.replace(entry, config=None, us=0): entry
       for entry in tuning.read_table(path)
     }
-  for p in problems:
+  results = _sweeps(problems, iterations, jobs)
+  for p, times in tqdm(results, total=len(problems), disable=None):
     m, g = sum(p.sizes), len(p.sizes)
-    times = sweep(p, candidates(p), iterations)
     best = min(times, key=times.get)
     chosen = tuning.m_grouped_config(m, p.n, p.k, g, _OUT_DTYPE)
     loss = times.get(chosen, float("nan")) / times[best] - 1
@@ -95,7 +119,13 @@ def tune(problems: list[Problem], path: Path, iterations: int) -> int:
       "command": "python -m benchmarks tune",
       "entries": [dataclasses.asdict(entry) for entry in entries.values()],
     }
+    measured += [
+      {"problem": p, "config": dataclasses.asdict(config), "us": round(us, 2)}
+      for config, us in times.items()
+    ]
     # After each problem: a run that is cut off leaves what it measured.
     path.write_text(json.dumps(table, indent=1) + "\n")
+    if sweeps:
+      sweeps.write_text(json.dumps(measured) + "\n")
   print(f"{len(entries)} entries: {path}")
   return 0

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gemms, run, shapes, torch_peers
+from benchmarks import gemms, run, shapes, torch_peers, tune
 from benchmarks.__main__ import main
+from jax_grouped_gemm import Config
+from jax_grouped_gemm.kernels import tuning
 
 
 def call(tmp_path, benchmark, *flags):
@@ -71,6 +73,22 @@ def test_plot(tmp_path):
   path.write_text(json.dumps({"rows": rows, "device": "GPU", "date": "today"}))
   assert main(["plot", str(path)]) == 0
   assert (tmp_path / "m_grouped-h200.png").stat().st_size > 10_000
+
+
+def test_tune_writes_a_table_and_all_times(tmp_path, capsys):
+  table, sweeps = tmp_path / "table.json", tmp_path / "sweeps.json"
+  flags = ["--shapes=smoke", "--iterations=1", "--jobs=2"]
+  assert main(["tune", *flags, f"--table={table}", f"--sweeps={sweeps}"]) == 0
+  (entry,) = tuning.read_table(table)
+  assert (entry.m, entry.n, entry.k, entry.g) == (94, 128, 256, 2)
+  times = {
+    Config(**row["config"]): row["us"] for row in json.loads(sweeps.read_text())
+  }
+  (problem,) = shapes.problems("m_grouped", ["smoke"], ["ragged"])
+  assert set(times) == set(tune.candidates(problem))
+  assert entry.us == pytest.approx(min(times.values()), abs=0.1)
+  assert times[entry.config] == min(times.values())
+  assert "TFLOP/s" in capsys.readouterr().out
 
 
 def test_problems_are_named_once():
