@@ -104,10 +104,11 @@ def check_config(config: Config | None, out_dtype, k: int | None = None):
     raise NotImplementedError(
       f"K-grouped clusters share lhs only, got multicast={config.multicast!r}"
     )
-  if k is None and config.compute_wgs != 2:
-    raise NotImplementedError(
-      f"K-grouped needs compute_wgs=2, got {config.compute_wgs}"
-    )
+  for name, most in {"compute_wgs": 2, "lag": 1}.items():
+    if k is None and getattr(config, name) > most:
+      raise NotImplementedError(
+        f"K-grouped needs {name} of at most {most}, got {getattr(config, name)}"
+      )
   needed = config.smem_bytes(out_dtype, k)
   if needed > SMEM_BYTES:
     raise ValueError(

@@ -23,6 +23,8 @@ class Config:
     compute_wgs: warpgroups of a CTA that multiply, 2 or 3, each 64 rows of out;
       one more loads. With 3, registers suffice for tile_n of 64 and 128 only.
     num_stages: slots of shared memory between loading and multiplying.
+    lag: k slices that a warpgroup trails the one before it by at the start of a
+      tile, less than num_stages; 0: they start together.
     cluster: CTAs, 1 or 2, that share what they load.
     multicast: what they share: "lhs", on neighbouring columns, or "rhs", on
       neighbouring rows, as far as those are of one group.
@@ -34,6 +36,7 @@ class Config:
   tile_n: int = 192
   compute_wgs: int = 2
   num_stages: int = 4
+  lag: int = 1
   cluster: int = 2
   multicast: str = "lhs"
   raster_width: int = 8
@@ -50,11 +53,15 @@ class Config:
         raise ValueError(
           f"{name} must be one of {allowed}, got {getattr(self, name)}"
         )
-    for name, least in {"num_stages": 2, "raster_width": 1}.items():
+    for name, least in {"num_stages": 2, "lag": 0, "raster_width": 1}.items():
       if getattr(self, name) < least:
         raise ValueError(
           f"{name} must be at least {least}, got {getattr(self, name)}"
         )
+    if self.lag >= self.num_stages:
+      raise ValueError(
+        f"lag must be less than num_stages={self.num_stages}, got {self.lag}"
+      )
     if self.compute_wgs == 3 and self.tile_n == 192:
       raise ValueError("tile_n=192 needs compute_wgs=2, got 3")
     if self.num_sms is not None and self.num_sms < self.cluster:

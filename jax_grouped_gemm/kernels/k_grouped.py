@@ -31,7 +31,7 @@ from jax_grouped_gemm.config import (
   WGMMA_M,
   Config,
 )
-from jax_grouped_gemm.kernels import _epilogue, _pipeline
+from jax_grouped_gemm.kernels import _epilogue, _main_loop, _pipeline
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 
@@ -53,7 +53,7 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, slices, 64, slice_n): accumulator, then out
   full: Ref  # (stages,) 4 arrivals: lhs, rhs, both scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
-  turn: Ref  # (stages,): see _pipeline.accumulate
+  turn: Ref  # (stages,): see _main_loop.accumulate
   accumulator_full: Ref | None  # (wg,) one arrival per slice
 
 
@@ -118,7 +118,7 @@ def _accumulate_tile(refs: _Refs, config: Config, group, step, interpret):
 
   def load_scales(slot, ki):
     del ki  # Both scales are in the slot.
-    lhs_scales = _pipeline.load_row_scales(refs.lhs_scales_smem, slot)
+    lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot)
     rhs_scales = plgpu.load(
       refs.rhs_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
     )
@@ -128,14 +128,14 @@ def _accumulate_tile(refs: _Refs, config: Config, group, step, interpret):
   def promote(acc, products, scales):
     return acc + products * scales
 
-  return _pipeline.accumulate(
+  return _main_loop.accumulate(
     refs,
-    config.tile_n,
+    config,
     _k_iters(refs, group),
     step,
     load_scales=load_scales,
     promote=promote,
-    init=_pipeline.wgmma_zeros(shape),
+    init=_main_loop.wgmma_zeros(shape),
     interpret=interpret,
   )
 
@@ -179,7 +179,7 @@ def _compute_tile(
 
   @pl.when(k_iters == 0)
   def stage_zeros():
-    stage(_pipeline.wgmma_zeros((WGMMA_M, config.tile_n)))
+    stage(_main_loop.wgmma_zeros((WGMMA_M, config.tile_n)))
 
   plgpu.commit_smem()
   for j in range(slices):
@@ -243,7 +243,7 @@ def k_grouped_gemm(
     out_smem=_epilogue.out_smem(config, slice_n, out_dtype),
     full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
     empty=_pipeline.empty_barriers(config),
-    turn=_pipeline.turn_barriers(config),
+    turn=_main_loop.turn_barriers(config),
   )
   if with_accumulator:
     scratch_types["accumulator_full"] = plgpu.Barrier(

@@ -31,7 +31,13 @@ from jax_grouped_gemm.config import (
   WGMMA_M,
   Config,
 )
-from jax_grouped_gemm.kernels import _epilogue, _pipeline, _rhs_scales, _walk
+from jax_grouped_gemm.kernels import (
+  _epilogue,
+  _main_loop,
+  _pipeline,
+  _rhs_scales,
+  _walk,
+)
 from jax_grouped_gemm.kernels._pipeline import Ref
 from jax_grouped_gemm.kernels._rhs_scales import SLICE_N
 from jax_grouped_gemm.kernels._walk import END, ROW_ALIGN, Tile, Walk
@@ -53,7 +59,7 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, slices, 64, slice_n): _epilogue.out_smem
   full: Ref  # (stages,) 3 arrivals: lhs, rhs, lhs_scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
-  turn: Ref  # (stages,): see _pipeline.accumulate
+  turn: Ref  # (stages,): see _main_loop.accumulate
   rhs_scales_smem: Ref  # (TILE_SLOTS, blocks, k/128) f32: see _rhs_scales
   rhs_scales_full: Ref  # (TILE_SLOTS,)
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
@@ -160,7 +166,7 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
     @pl.when(~has_rows)
     def skip():
       _rhs_scales.wait(refs, i)
-      _pipeline.skip(refs, _k_iters(refs), step)
+      _main_loop.skip(refs, config, _k_iters(refs), step)
 
     return next_tile(i, step + _k_iters(refs))
 
@@ -181,7 +187,7 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
     return i + 1
 
   i = for_each_tile(compute_tile, jnp.int32(0))
-  zeros = _pipeline.wgmma_zeros((WGMMA_M, SLICE_N))
+  zeros = _main_loop.wgmma_zeros((WGMMA_M, SLICE_N))
   _epilogue.stage(refs, [zeros] * (config.tile_n // SLICE_N))
   for_each_tile(store_zeros, i)
 
@@ -195,7 +201,7 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step, interpret):
   ni = _walk.read_tile(refs, i).ni
 
   def load_scales(slot, ki):
-    lhs_scales = _pipeline.load_row_scales(refs.lhs_scales_smem, slot)
+    lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot)
     rhs_scales = _rhs_scales.read(refs, config, i, ni, ki)
     return [lhs_scales * rhs_scale for rhs_scale in rhs_scales]
 
@@ -205,14 +211,14 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step, interpret):
       for acc, cols, scale in zip(sums, columns, scales, strict=True)
     ]
 
-  return _pipeline.accumulate(
+  return _main_loop.accumulate(
     refs,
-    config.tile_n,
+    config,
     _k_iters(refs),
     step,
     load_scales=load_scales,
     promote=promote,
-    init=[_pipeline.wgmma_zeros(shape) for _ in columns],
+    init=[_main_loop.wgmma_zeros(shape) for _ in columns],
     interpret=interpret,
   )
 
@@ -265,7 +271,7 @@ def m_grouped_gemm(
       out_smem=_epilogue.out_smem(config, slice_n, out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
-      turn=_pipeline.turn_barriers(config),
+      turn=_main_loop.turn_barriers(config),
       **_rhs_scales.scratch_types(rhs_scales.shape, config),
       **_walk.queue_types(config),
     ),

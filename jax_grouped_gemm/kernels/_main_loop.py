@@ -1,0 +1,208 @@
+"""The main loop over the k slices of a tile: multiply, promote with scales."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from jax_grouped_gemm.config import WGMMA_M, Config
+from jax_grouped_gemm.kernels._pipeline import Ref
+
+
+def wgmma_zeros(shape):
+  """Zeros in the registers' layout of wgmma accumulators."""
+  return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def warpgroup_rows():
+  """Rows of a CTA's tile that this warpgroup computes."""
+  return pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
+
+
+def load_row_scales(scales_smem: Ref, slot):
+  """Returns the scale of each of the warpgroup's 64 rows of the slot."""
+  return plgpu.load(
+    scales_smem.at[slot, warpgroup_rows()],
+    layout=plgpu.Layout.WGMMA.reduce(1),
+  )
+
+
+def _fresh_zeros(shape):
+  """Zeros that the assembler sees are zeros, wherever the compiler puts them.
+
+  The first product of a slice then ignores its accumulator for free. The zeros
+  of plgpu.ACC are one constant in all slices of an unrolled loop, and all but
+  one of its copies cost a move per register.
+  """
+
+  @plgpu.inline_mgpu(
+    return_type=plgpu.ShapeDtypeStruct(
+      shape, jnp.float32, layout=plgpu.Layout.WGMMA
+    )
+  )
+  def zeros(_):
+    zero = llvm.inline_asm(
+      ir.F32Type.get(), [], "mov.b32 $0, 0;", "=f", has_side_effects=True
+    )
+    return mgpu.FragmentedArray.splat(zero, shape, layout=mgpu.WGMMA_LAYOUT)
+
+  return zeros()
+
+
+def start_products(refs, tile_n: int, slot, interpret: bool):
+  """Starts the products of the slot, the warpgroup's (64, tile_n), unscaled.
+
+  What it returns is right only after the next wgmma_wait.
+  """
+  rows = warpgroup_rows()
+
+  def wgmma(acc):
+    if not interpret:  # It cannot run inline assembly.
+      acc[...] = _fresh_zeros(acc.shape)
+    plgpu.wgmma(acc, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T)
+    return plgpu.wgmma_accumulator_load(acc, wait_n=None)
+
+  return pl.run_scoped(wgmma, plgpu.ACC((WGMMA_M, tile_n)))
+
+
+class _Slices(NamedTuple):
+  """What a warpgroup does to one k slice of a tile after the other.
+
+  A carry is (slot, acc, products): the slice's products run when it is passed.
+  """
+
+  refs: Any
+  config: Config
+  first_slot: jax.Array
+  load_scales: Callable
+  promote: Callable
+  interpret: bool
+
+  def start(self, slot):
+    return start_products(self.refs, self.config.tile_n, slot, self.interpret)
+
+  def compute(self, ki, carry, passes_turn=False):
+    """Starts the next slice as soon as this one has been promoted."""
+    slot, acc, products = carry
+    is_last_slot = slot == self.config.num_stages - 1
+    next_slot = lax.select(is_last_slot, 0, slot + 1)
+    # First, so that no load slips in between the products' instructions.
+    plgpu.barrier_wait(self.refs.full.at[next_slot])
+    acc = self.compute_last(ki, (slot, acc, products), passes_turn)
+    return next_slot, acc, self.start(next_slot)
+
+  def compute_last(self, ki, carry, passes_turn=False):
+    slot, acc, products = carry
+    scales = self.load_scales(slot, ki)
+    plgpu.wgmma_wait(0)
+    products = lax.optimization_barrier(products)  # No use before the wait.
+    if passes_turn is not False:
+      _, pass_turn = _turn(self.refs.turn, self.first_slot, self.config)
+      pl.when(passes_turn)(pass_turn)
+    plgpu.barrier_arrive(self.refs.empty.at[slot])
+    return lax.optimization_barrier(self.promote(acc, products, scales))
+
+  def compute_all(self, k_iters: int, carry):
+    last, turn = k_iters - 1, min(self.config.lag, k_iters) - 1
+    if last > 0:
+      carry = self.compute(jnp.int32(0), carry, turn == 0)
+
+    def compute_two(i, carry):
+      for first in (1, 2):
+        is_turn = turn > 0 and turn % 2 == first % 2 and 2 * i + first == turn
+        carry = self.compute(2 * i + first, carry, is_turn)
+      return carry
+
+    carry = lax.fori_loop(0, max(last - 1, 0) // 2, compute_two, carry)
+    if last > 0 and last % 2 == 0:
+      carry = self.compute(jnp.int32(last - 1), carry, turn == last - 1)
+    return self.compute_last(last, carry, turn == last)
+
+  def compute_traced(self, k_iters, carry):
+    """For k_iters known at run time. In pairs, K-grouped spills registers."""
+
+    def compute_more(carry):
+      carry = self.compute(jnp.int32(0), carry, True)
+      carry = lax.fori_loop(1, k_iters - 1, self.compute, carry)
+      return self.compute_last(k_iters - 1, carry)
+
+    only = functools.partial(self.compute_last, 0, passes_turn=True)
+    return lax.cond(k_iters == 1, only, compute_more, carry)
+
+
+def accumulate(
+  refs,
+  config: Config,
+  k_iters,
+  step,
+  *,
+  load_scales,
+  promote,
+  init,
+  interpret: bool,
+):
+  """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
+
+  The products are the warpgroup's (64, tile_n) of one k slice, whose scales
+  load_scales(slot, ki) returns. While they run on the tensor cores, the next
+  slice is awaited and their scales are loaded. So little more than the
+  promotion stands between the end of a slice's products and the start of the
+  next ones, and the address arithmetic of those hides beneath it.
+
+  The tensor cores are always busy if one warpgroup promotes, or stores its
+  tile, while the products of the other run. Those that start together share the
+  tensor cores, end together and stay so. So in each tile a warpgroup starts
+  when the one before it has finished config.lag slices.
+  """
+  first_slot = lax.rem(step, config.num_stages)
+  slices = _Slices(refs, config, first_slot, load_scales, promote, interpret)
+  await_turn, _ = _turn(refs.turn, first_slot, config)
+  await_turn()
+  plgpu.barrier_wait(refs.full.at[first_slot])
+  carry = first_slot, init, slices.start(first_slot)
+  if isinstance(k_iters, int):
+    return slices.compute_all(k_iters, carry)
+  return slices.compute_traced(k_iters, carry)
+
+
+def skip(refs, config: Config, k_iters, step):
+  """Releases the slots of a tile in which the warpgroup has nothing to do."""
+  await_turn, pass_turn = _turn(
+    refs.turn, lax.rem(step, config.num_stages), config
+  )
+  await_turn()
+  pass_turn()
+
+  @pl.loop(0, k_iters)
+  def release_slot(ki):
+    slot = lax.rem(step + ki, config.num_stages)
+    plgpu.barrier_wait(refs.full.at[slot])
+    plgpu.barrier_arrive(refs.empty.at[slot])
+
+
+def _turn(turn: Ref, slot, config: Config):
+  """Returns what waits for this warpgroup's turn, and what passes it on."""
+  if config.lag == 0:
+    return lambda: None, lambda: None
+  wg, turns = lax.axis_index("wg"), config.compute_wgs - 1
+  before = turn.at[slot * turns + jnp.maximum(wg - 1, 0)]
+  after = turn.at[slot * turns + jnp.minimum(wg, turns - 1)]
+  return (
+    lambda: pl.when(wg > 0)(lambda: plgpu.barrier_wait(before)),
+    lambda: pl.when(wg < turns)(lambda: plgpu.barrier_arrive(after)),
+  )
+
+
+def turn_barriers(config: Config):
+  """See accumulate. For each slot: its next use comes after the wait for it."""
+  return plgpu.Barrier(
+    num_barriers=config.num_stages * (config.compute_wgs - 1)
+  )
