@@ -43,6 +43,17 @@ def versions() -> dict[str, str]:
   return found
 
 
+def clocks() -> str | None:
+  """Returns the GPU's largest clocks and power limit, where there is one."""
+  query = "clocks.max.sm,clocks.max.mem,power.limit"
+  command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+  try:
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return found.stdout.splitlines()[0].strip()
+
+
 def short_name(device: str) -> str:
   """E.g. h200 for NVIDIA H200."""
   return device.removeprefix("NVIDIA ").split()[0].lower()
@@ -53,6 +64,7 @@ def write(path: Path, benchmark: str, device: str, rows, args) -> None:
   result = {
     "benchmark": benchmark,
     "device": device,
+    "clocks": clocks(),
     "date": time.strftime("%Y-%m-%d"),
     "commit": args.commit or commit(),
     "command": "python -m benchmarks " + shlex.join(args.argv),
@@ -139,7 +151,7 @@ def run(args) -> int:
   device = gemms.device()
   peak = _PEAK_TFLOPS.get(device, float("nan"))
   print(
-    f"{device}, {versions()}; quantised normal random numbers; "
+    f"{device} ({clocks()}), {versions()}; quantised normal random numbers; "
     f"groups {', '.join(args.groups)}; rows of padding do not count"
   )
   torch, rows = TorchPeers(), []
