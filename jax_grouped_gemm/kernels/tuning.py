@@ -137,7 +137,7 @@ def most_stages(config: Config, out_dtype: DTypeLike, k: int | None) -> Config:
   """Returns the config with as many stages as fit and are of use."""
   configs = [
     dataclasses.replace(config, num_stages=stages)
-    for stages in range(2, _MAX_STAGES + 1)
+    for stages in range(max(2, config.lag + 1), _MAX_STAGES + 1)
   ]
   return [c for c in configs if c.smem_bytes(out_dtype, k) <= SMEM_BYTES][-1]
 
