@@ -16,7 +16,7 @@ from jax_grouped_gemm.config import WGMMA_M, Config
 
 # Registers of a thread that loads and of one that multiplies, by compute_wgs.
 # An SM has 65536: 512 for the threads of one index in their warpgroups.
-_REGS = {2: (40, 232), 3: (32, 160)}
+_REGS = {1: (40, 232), 2: (40, 232), 3: (32, 160)}
 
 Ref = Any  # Pallas refs have no public type that supports `.at`.
 

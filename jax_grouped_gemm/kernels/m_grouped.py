@@ -34,7 +34,8 @@ from jax_grouped_gemm.config import (
 )
 from jax_grouped_gemm.kernels import _epilogue, _pipeline, _walk
 from jax_grouped_gemm.kernels._pipeline import Ref
-from jax_grouped_gemm.kernels._walk import END, ROW_ALIGN, Tile, Walk
+from jax_grouped_gemm.kernels._walk import ROW_ALIGN, Tile
+from jax_grouped_gemm.schedule import Masked
 
 _SLICE_N = 64  # columns that surely share one rhs scale, for any tile_n.
 _MAX_BOX = 256  # elements along an axis that TMA loads at once.
@@ -67,43 +68,10 @@ class _Refs(NamedTuple):
 # ---------------------------------------------------------------- load
 
 
-def _load_tiles(refs: _Refs, config: Config):
-  """Announces this CTA's tiles and loads them. Returns the slots it filled.
-
-  First those of groups that rhs holds, then those of other rows, which are
-  zeros, each followed by an end.
-  """
-  shape = (*refs.out_gmem.shape, refs.rhs_gmem.shape[0])
-  walk = functools.partial(
-    Walk, refs.group_sizes_gmem, refs.group_offset_gmem, shape, config
-  )
-
-  def load_tiles_of(walk: Walk, first_group, first, step):
-    def load_next(state):
-      i, step, group, _ = state
-      index = lax.axis_index("sm") + (i - first) * lax.axis_size("sm")
-      group = walk.find_group(index, group)
-      is_tile = walk.is_left(group)
-      tile, one_group = walk.tile(index, group)
-      _walk.announce(
-        refs, i, tile._replace(group=lax.select(is_tile, tile.group, END))
-      )
-      if walk.in_rhs:
-        k_iters = lax.select(is_tile, _k_iters(refs), 0)
-        step = _load_tile(refs, config, i, tile, one_group, k_iters, step)
-      return i + 1, step, group, is_tile
-
-    state = first, step, first_group, True
-    return lax.while_loop(lambda state: state[-1], load_next, state)[:3]
-
-  zero = jnp.int32(0)
-  of_rhs, of_others = walk(in_rhs=True), walk(in_rhs=False)
-  i, step, end = load_tiles_of(of_rhs, of_rhs.first_group(zero), zero, zero)
-  # Spares a second walk if there are no other rows.
-  index = lax.select(end.rows < of_others.m, zero, end.index)
-  i, *_ = load_tiles_of(of_others, of_others.first_group(index), i, zero)
-  _pipeline.drain(refs.tiles_empty, TILE_SLOTS, i)
-  return step
+def _load_tiles(refs: _Refs, config: Config, masked: Masked | None):
+  """Announces this CTA's tiles and loads them. Returns the slots it filled."""
+  load_tile = functools.partial(_load_tile, refs, config)
+  return _walk.load_tiles(refs, config, masked, _k_iters(refs), load_tile)
 
 
 def _k_iters(refs: _Refs) -> int:
@@ -254,11 +222,13 @@ def m_grouped_gemm(
   n: int,
   out_dtype: DTypeLike,
   config: Config,
+  masked: Masked | None = None,
   interpret: bool = False,
 ) -> Float[Array, "m n"]:
   """out[r] = lhs[r] @ rhs[group of r - group_offset].T, else 0.
 
-  k_stored is a multiple of 128, m_stored and n_stored are multiples of 8.
+  k_stored is a multiple of 128, m_stored and n_stored are multiples of 8. With
+  `masked`, the groups have its rows, one group after the other.
   """
   if group_offset is None:
     group_offset = jnp.zeros((1,), jnp.int32)
@@ -276,7 +246,7 @@ def m_grouped_gemm(
   slice_n = _epilogue.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
 
   out = _pipeline.launch(
-    functools.partial(_load_tiles, config=config),
+    functools.partial(_load_tiles, config=config, masked=masked),
     functools.partial(_compute_tiles, config=config, interpret=interpret),
     name="m_grouped_gemm_sm90",
     config=config,
