@@ -107,13 +107,13 @@ def check_expected_m(expected_m: int | None, max_m: int) -> int:
 
 def check_m_grouped_config(config, out_dtype, k: int):
   """Raises if no M-grouped kernel can run with it."""
-  _check_config(config, (Config, SmallGroupsConfig), out_dtype, k)
+  if _has_type(config, (Config, SmallGroupsConfig)):
+    _check_smem(config, out_dtype, k)
 
 
 def check_k_grouped_config(config, out_dtype):
   """Raises if the K-grouped kernel cannot run with it."""
-  _check_config(config, (Config,), out_dtype, None)
-  if config is None:
+  if not _has_type(config, (Config,)):
     return
   if config.cluster > 1 and config.multicast != "lhs":
     raise NotImplementedError(
@@ -123,14 +123,18 @@ def check_k_grouped_config(config, out_dtype):
     raise NotImplementedError(
       f"K-grouped needs compute_wgs=2, got {config.compute_wgs}"
     )
+  _check_smem(config, out_dtype, None)
 
 
-def _check_config(config, types, out_dtype, k: int | None):
-  if config is None:
-    return
-  if not isinstance(config, types):
+def _has_type(config, types) -> bool:
+  """False for None; TypeError unless it is that or of one of the types."""
+  if config is not None and not isinstance(config, types):
     names = ", ".join(t.__name__ for t in types)
     raise TypeError(f"config must be a {names} or None, got {config!r}")
+  return config is not None
+
+
+def _check_smem(config, out_dtype, k: int | None):
   needed = config.smem_bytes(out_dtype, k)
   if needed > SMEM_BYTES:
     raise ValueError(

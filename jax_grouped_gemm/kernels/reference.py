@@ -262,18 +262,17 @@ def m_grouped_gemm_masked(
   zero_padding: bool,
 ) -> Float[Array, "g max_m n"]:
   """out[g] = lhs[g] @ rhs[g].T; zeros past group_sizes[g] if zero_padding."""
-  shape, precision = (lhs.shape[1], rhs.shape[1]), lax.Precision.HIGHEST
-
-  def multiply(x, weights):
-    out = _dot(x.dequantize(), weights.dequantize(), 1, 1, precision)
-    return out.astype(out_dtype)
+  shape = lhs.shape[1], rhs.shape[1]
+  zeros = lambda x, _: manual_axes.zeros(shape, out_dtype, x.values)
+  multiply = lambda x, weights: _dot(
+    x.dequantize(), weights.dequantize(), 1, 1, lax.Precision.HIGHEST
+  ).astype(out_dtype)
 
   def compute_group(group):
     *operands, size = group
-    zeros = lambda x, _: manual_axes.zeros(shape, out_dtype, x.values)
     out = lax.cond(size > 0, multiply, zeros, *operands)
-    inside = jnp.arange(shape[0])[:, None] < size
-    return jnp.where(inside, out, 0) if zero_padding else out
+    in_use = jnp.arange(shape[0])[:, None] < size
+    return jnp.where(in_use, out, 0) if zero_padding else out
 
   return lax.map(compute_group, (lhs, rhs, group_sizes))
 
