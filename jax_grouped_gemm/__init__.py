@@ -1,6 +1,7 @@
 """Grouped FP8 matrix multiplication for mixture-of-experts layers in JAX."""
 
-from jax_grouped_gemm.config import Config
+from jax_grouped_gemm.config import Config, SmallGroupsConfig
+from jax_grouped_gemm.masked import m_grouped_gemm_masked
 from jax_grouped_gemm.ops import (
   k_grouped_gemm,
   m_grouped_gemm,
@@ -14,8 +15,10 @@ __all__ = [
   "Config",
   "Recipe",
   "ScaledArray",
+  "SmallGroupsConfig",
   "k_grouped_gemm",
   "m_grouped_gemm",
+  "m_grouped_gemm_masked",
   "quantize",
   "quantize_for_k_grouped",
   "ragged_dot",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_grouped_gemm import implementation as implementations
-from jax_grouped_gemm.config import SMEM_BYTES, Config
+from jax_grouped_gemm.config import SMEM_BYTES, Config, SmallGroupsConfig
 from jax_grouped_gemm.scaled_array import ScaledArray, scales_shape
 
 _VALUE_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
@@ -94,21 +94,48 @@ def check_out_dtype(dtype: DTypeLike):
   return dtype
 
 
-def check_config(config: Config | None, out_dtype, k: int | None = None):
-  """Raises if no kernel can run with it. K-grouped: k=None."""
-  if config is None:
+def check_expected_m(expected_m: int | None, max_m: int) -> int:
+  """Returns how many rows of a group to expect, from 1 to max_m."""
+  if expected_m is None:
+    expected_m = max_m
+  if not isinstance(expected_m, int):
+    raise TypeError(f"expected_m must be an int or None, got {expected_m!r}")
+  if expected_m < 0:
+    raise ValueError(f"expected_m must not be negative, got {expected_m}")
+  return max(1, min(expected_m, max_m))
+
+
+def check_m_grouped_config(config, out_dtype, k: int):
+  """Raises if no M-grouped kernel can run with it."""
+  if _has_type(config, (Config, SmallGroupsConfig)):
+    _check_smem(config, out_dtype, k)
+
+
+def check_k_grouped_config(config, out_dtype):
+  """Raises if the K-grouped kernel cannot run with it."""
+  if not _has_type(config, (Config,)):
     return
-  if not isinstance(config, Config):
-    raise TypeError(f"config must be a Config or None, got {config!r}")
-  if k is None and config.cluster > 1 and config.multicast != "lhs":
+  if config.cluster > 1 and config.multicast != "lhs":
     raise NotImplementedError(
       f"K-grouped clusters share lhs only, got multicast={config.multicast!r}"
     )
   for name, most in {"compute_wgs": 2, "lag": 1}.items():
-    if k is None and getattr(config, name) > most:
+    if getattr(config, name) > most:
       raise NotImplementedError(
         f"K-grouped needs {name} of at most {most}, got {getattr(config, name)}"
       )
+  _check_smem(config, out_dtype, None)
+
+
+def _has_type(config, types) -> bool:
+  """False for None; TypeError unless it is that or of one of the types."""
+  if config is not None and not isinstance(config, types):
+    names = ", ".join(t.__name__ for t in types)
+    raise TypeError(f"config must be a {names} or None, got {config!r}")
+  return config is not None
+
+
+def _check_smem(config, out_dtype, k: int | None):
   needed = config.smem_bytes(out_dtype, k)
   if needed > SMEM_BYTES:
     raise ValueError(

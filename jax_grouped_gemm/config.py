@@ -1,6 +1,7 @@
 """Static choices of a kernel launch, and the shared memory that they cost."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -43,21 +44,14 @@ class Config:
   num_sms: int | None = None
 
   def __post_init__(self):
-    for name, allowed in {
-      "tile_n": (64, 128, 192),
-      "compute_wgs": (2, 3),
-      "cluster": (1, 2),
-      "multicast": ("lhs", "rhs"),
-    }.items():
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"{name} must be one of {allowed}, got {getattr(self, name)}"
-        )
-    for name, least in {"num_stages": 2, "lag": 0, "raster_width": 1}.items():
-      if getattr(self, name) < least:
-        raise ValueError(
-          f"{name} must be at least {least}, got {getattr(self, name)}"
-        )
+    _check_choices(
+      self,
+      tile_n=(64, 128, 192),
+      compute_wgs=(2, 3),
+      cluster=(1, 2),
+      multicast=("lhs", "rhs"),
+    )
+    _check_least(self, num_stages=2, lag=0, raster_width=1)
     if self.lag >= self.num_stages:
       raise ValueError(
         f"lag must be less than num_stages={self.num_stages}, got {self.lag}"
@@ -87,3 +81,67 @@ class Config:
     tiles = TILE_SLOTS * 2 * tile_scales * 4
     fixed = 5 * _SMEM_ALIGN + _BARRIER_BYTES
     return self.num_stages * slot + out + tiles + fixed
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallGroupsConfig:
+  """Static choices of the M-grouped kernel for groups of few rows.
+
+  It multiplies out.T = rhs @ lhs.T: the 64 rows of a wgmma instruction are
+  columns of out, so that few rows of out are few columns of the product.
+
+  Attributes:
+    tile_m: rows of out that one CTA computes at a time: 8, 16, 32 or 64.
+    tile_n: columns of out that one CTA computes at a time: 64 or 128, one
+      warpgroup for each 64. 64 makes twice the tiles, for few and short groups.
+    num_stages: slots of shared memory between loading and multiplying; as many
+      as fit keep the memory busy.
+    num_sms: CTAs launched; None: as many as a Hopper GPU has processors.
+  """
+
+  tile_m: int = 16
+  tile_n: int = 128
+  num_stages: int = 8
+  num_sms: int | None = None
+
+  # What the walk over the groups and the launch want to know of any config.
+  cluster: ClassVar[int] = 1
+  multicast: ClassVar[str] = "lhs"
+  lag: ClassVar[int] = 0
+  # Row tiles of one group come one after another: they share rhs in L2.
+  raster_width: ClassVar[int] = 1
+
+  def __post_init__(self):
+    _check_choices(self, tile_m=(8, 16, 32, 64), tile_n=(64, 128))
+    _check_least(self, num_stages=2)
+    if self.num_sms is not None:
+      _check_least(self, num_sms=1)
+
+  @property
+  def compute_wgs(self) -> int:
+    """Warpgroups of a CTA that multiply; one more loads."""
+    return self.tile_n // WGMMA_M
+
+  def smem_bytes(self, out_dtype: DTypeLike, k: int | None = None) -> int:
+    """Upper bound of the shared memory of a CTA, in bytes, for any k."""
+    del k
+    scales = max(self.tile_m, SCALE_ALIGN)
+    slot = (self.tile_m + self.tile_n) * SCALE_BLOCK + scales * 4
+    out = self.tile_m * self.tile_n * jnp.dtype(out_dtype).itemsize
+    return self.num_stages * slot + out + 5 * _SMEM_ALIGN + _BARRIER_BYTES
+
+
+def _check_choices(config, **choices):
+  for name, allowed in choices.items():
+    if getattr(config, name) not in allowed:
+      raise ValueError(
+        f"{name} must be one of {allowed}, got {getattr(config, name)}"
+      )
+
+
+def _check_least(config, **bounds):
+  for name, least in bounds.items():
+    if getattr(config, name) < least:
+      raise ValueError(
+        f"{name} must be at least {least}, got {getattr(config, name)}"
+      )

@@ -3,22 +3,18 @@
 Nothing here is differentiable; ragged_dot is.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from jax_grouped_gemm import checks, manual_axes, schedule
 from jax_grouped_gemm import implementation as implementations
-from jax_grouped_gemm.config import SCALE_BLOCK, Config
+from jax_grouped_gemm.config import SCALE_BLOCK, Config, SmallGroupsConfig
 from jax_grouped_gemm.group_sizes import check_group_sizes
-from jax_grouped_gemm.kernels import k_grouped, m_grouped, reference, tuning
+from jax_grouped_gemm.kernels import k_grouped, reference, tuning
+from jax_grouped_gemm.launch import ROW_ALIGN, m_grouped_kernel, run_kernel
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import ScaledArray
-
-_ROW_ALIGN = 8  # TMA wants this many whole rows, each of whole scale blocks.
 
 # ---------------------------------------------------------------- quantize
 
@@ -123,7 +119,7 @@ def _pad_storage(x: ScaledArray) -> ScaledArray:
 
 def _row_align(x: ScaledArray) -> int:
   """Rows in whole scale blocks too, if they have any, for the sake of x.mT."""
-  return max((_ROW_ALIGN, *x.block_shape[-2:-1]))
+  return max((ROW_ALIGN, *x.block_shape[-2:-1]))
 
 
 # ---------------------------------------------------------------- GEMMs
@@ -136,7 +132,7 @@ def m_grouped_gemm(
   *,
   preferred_element_type: DTypeLike = jnp.bfloat16,
   group_offset: Int[Array, "1"] | None = None,
-  config: Config | None = None,
+  config: Config | SmallGroupsConfig | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "m n"]:
   """out[r] = lhs[r] @ rhs[group of r].T, lhs (m, k), rhs (g, n, k) -> (m, n).
@@ -151,7 +147,8 @@ def m_grouped_gemm(
       beyond m is cut off.
     preferred_element_type: dtype of the result; sums are float32.
     group_offset: the first of the groups in group_sizes that rhs holds.
-    config: choices of the kernel launch; None looks them up.
+    config: choices of the kernel launch, SmallGroupsConfig for few rows per
+      group; None looks them up.
     implementation: "mosaic_gpu", "xla" or "interpret"; None: "mosaic_gpu" on a
       Hopper GPU if the kernel supports the problem, else "xla".
   """
@@ -167,7 +164,7 @@ def m_grouped_gemm(
     )
   group_sizes, group_offset = check_group_sizes(group_sizes, m, g, group_offset)
   out_dtype = checks.check_out_dtype(preferred_element_type)
-  checks.check_config(config, out_dtype, k)
+  checks.check_m_grouped_config(config, out_dtype, k)
   implementation = implementations.choose(
     implementation,
     checks.unsupported_by_kernels({"k": k, "n": n}, lhs, rhs, out_dtype),
@@ -180,14 +177,15 @@ def m_grouped_gemm(
   if implementation == "xla":
     bounds = schedule.group_bounds(group_sizes, m, group_offset, g)
     return reference.m_grouped_gemm(lhs, rhs, *bounds, out_dtype=out_dtype)
-  return _run_kernel(
-    m_grouped.m_grouped_gemm,
+  config = config or tuning.m_grouped_config(m, n, k, g, out_dtype)
+  return run_kernel(
+    m_grouped_kernel(config),
     lhs,
     rhs,
     schedule.as_int32(group_sizes),
     None if group_offset is None else schedule.as_int32(group_offset),
     out_dtype=out_dtype,
-    config=config or tuning.m_grouped_config(m, n, k, g, out_dtype),
+    config=config,
     interpret=implementation == "interpret",
   )
 
@@ -227,7 +225,7 @@ def k_grouped_gemm(
   group_sizes, _ = check_group_sizes(group_sizes, t, g)
   out_dtype = checks.check_out_dtype(preferred_element_type)
   accumulator = checks.check_accumulator(accumulator, (g, m, n))
-  checks.check_config(config, out_dtype)
+  checks.check_k_grouped_config(config, out_dtype)
   unsupported = checks.unsupported_by_kernels(
     {"m": m, "n": n}, lhs, rhs, out_dtype
   )
@@ -248,7 +246,7 @@ def k_grouped_gemm(
     return reference.k_grouped_gemm(
       lhs, rhs, *bounds, accumulator, out_dtype=out_dtype
     )
-  return _run_kernel(
+  return run_kernel(
     k_grouped.k_grouped_gemm,
     lhs,
     rhs,
@@ -258,37 +256,3 @@ def k_grouped_gemm(
     config=config or tuning.k_grouped_config(m, n, t, g),
     interpret=implementation == "interpret",
   )
-
-
-# ---------------------------------------------------------------- kernels
-
-
-@functools.partial(
-  jax.jit, static_argnames=("kernel", "out_dtype", "config", "interpret")
-)
-def _run_kernel(kernel, lhs, rhs, *operands, interpret: bool, **static):
-  values = _stored_values(lhs)
-  out = kernel(
-    values if interpret else implementations.cuda_only(values),
-    lhs.scales,
-    _stored_values(rhs),
-    rhs.scales,
-    *operands,
-    m=lhs.shape[0],
-    n=rhs.shape[-2],
-    interpret=interpret,
-    **static,
-  )
-  # Pallas calls the results of kernels the same on all devices (jax 0.11.2).
-  return vary_alike(out, values)[0]
-
-
-def _stored_values(x: ScaledArray) -> Array:
-  """Returns the values as kernels read them; copies if stored otherwise."""
-  *batch, rows, cols = x.values.shape
-  missing_cols = x.shape[-1] + -x.shape[-1] % SCALE_BLOCK - cols
-  missing = [(0, 0, 0)] * len(batch) + [
-    (0, -rows % _ROW_ALIGN, 0),
-    (0, missing_cols, 0),
-  ]
-  return jax.lax.pad(x.values, jnp.zeros((), x.dtype), missing)

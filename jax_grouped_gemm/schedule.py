@@ -63,6 +63,17 @@ def group_bounds(
   )
 
 
+class Masked(NamedTuple):
+  """Groups that each have rows of their own, of which the first are in use.
+
+  Static: how many are in use is data.
+  """
+
+  rows: int  # of a group, a multiple of 8
+  max_m: int  # most that may be in use
+  zero_padding: bool  # whether the others are zeros, or left alone
+
+
 class Tiles(NamedTuple):
   """The row tiles of an M-grouped GEMM, in ascending order of their rows.
 

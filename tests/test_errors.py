@@ -11,9 +11,11 @@ from jax_grouped_gemm import (
   Config,
   Recipe,
   ScaledArray,
+  SmallGroupsConfig,
   implementation,
   k_grouped_gemm,
   m_grouped_gemm,
+  m_grouped_gemm_masked,
   quantize,
   quantize_for_k_grouped,
   ragged_dot,
@@ -23,6 +25,7 @@ ONES = jnp.ones
 SIZES = jnp.array([3, 4])
 X, W = ONES((10, 32)), ONES((2, 32, 48))
 LHS = quantize(X, (1, 128))
+MASKED_LHS = quantize(ONES((2, 10, 32)), (1, 1, 128))
 RHS = quantize(ONES((2, 48, 32)), (1, 128, 128))
 K_LHS = quantize_for_k_grouped(X, SIZES)
 K_RHS = quantize_for_k_grouped(ONES((10, 48)), SIZES)
@@ -30,6 +33,10 @@ K_RHS = quantize_for_k_grouped(ONES((10, 48)), SIZES)
 
 def m_grouped(lhs=LHS, rhs=RHS, sizes=SIZES, **kwargs):
   return m_grouped_gemm(lhs, rhs, sizes, **kwargs)
+
+
+def masked(lhs=MASKED_LHS, rhs=RHS, sizes=SIZES, **kwargs):
+  return m_grouped_gemm_masked(lhs, rhs, sizes, **kwargs)
 
 
 def k_grouped(lhs=K_LHS, rhs=K_RHS, sizes=SIZES, **kwargs):
@@ -50,7 +57,7 @@ def scaled(scales, dtype=jnp.float32):
 
 
 # Every call that takes group sizes.
-SIZED = [m_grouped, k_grouped, dot, for_k_grouped]
+SIZED = [m_grouped, masked, k_grouped, dot, for_k_grouped]
 TOO_BIG = Config(tile_n=192, num_stages=8)
 CASES = [
   # Group sizes.
@@ -63,6 +70,7 @@ CASES = [
     )
   ),
   (m_grouped, {"sizes": SIZES[:1]}, ValueError, "each of the 2 groups.*got 1"),
+  (masked, {"sizes": SIZES[:1]}, ValueError, "each of the 2 groups.*got 1$"),
   (dot, {"sizes": SIZES[:1]}, ValueError, "each of the 2 groups.*got 1"),
   (
     m_grouped,
@@ -159,10 +167,27 @@ CASES = [
     TypeError,
     "accumulator must be.*float32, got bfloat16",
   ),
-  # What both GEMMs take.
+  (
+    masked,
+    {"lhs": LHS},
+    ValueError,
+    r"\(g, max_m, k\).*\(1, 1, 128\).*\(10, 32\)",
+  ),
+  *(
+    (
+      masked,
+      {"lhs": quantize(ONES(shape), (1, 1, 128))},
+      ValueError,
+      r"one g and one k, got .* and \(2, 48, 32\)",
+    )
+    for shape in ((3, 10, 32), (2, 10, 64))
+  ),
+  (masked, {"expected_m": 2.5}, TypeError, "an int or None, got 2.5"),
+  (masked, {"expected_m": -1}, ValueError, "not be negative, got -1"),
+  # What all GEMMs take.
   *(
     case
-    for call in (m_grouped, k_grouped)
+    for call in (m_grouped, masked, k_grouped)
     for case in (
       (
         call,
@@ -180,6 +205,21 @@ CASES = [
         "bfloat16, float32, got float16",
       ),
     )
+  ),
+  *(
+    (
+      call,
+      {"config": SmallGroupsConfig(num_stages=20)},
+      ValueError,
+      "num_stages=20.*needs.*232448",
+    )
+    for call in (m_grouped, masked)
+  ),
+  (
+    k_grouped,
+    {"config": SmallGroupsConfig()},
+    TypeError,
+    "must be a Config or None, got SmallGroupsConfig",
   ),
   # What the kernels do not support.
   (
@@ -262,6 +302,10 @@ CASES = [
   (Config, {"num_stages": 1}, ValueError, "at least 2, got 1"),
   (Config, {"raster_width": 0}, ValueError, "at least 1, got 0"),
   (Config, {"num_sms": 1}, ValueError, "cluster=2, got 1"),
+  (SmallGroupsConfig, {"tile_m": 24}, ValueError, r"16, 32, 64\), got 24"),
+  (SmallGroupsConfig, {"tile_n": 192}, ValueError, r"\(64, 128\), got 192"),
+  (SmallGroupsConfig, {"num_stages": 1}, ValueError, "at least 2, got 1"),
+  (SmallGroupsConfig, {"num_sms": 0}, ValueError, "at least 1, got 0"),
 ]
 
 
@@ -281,7 +325,7 @@ def test_message(case):
   assert re.search(message, text, re.S), text
 
 
-@pytest.mark.parametrize("call", [m_grouped, k_grouped, dot])
+@pytest.mark.parametrize("call", [m_grouped, masked, k_grouped, dot])
 def test_kernel_on_a_cpu(call):
   with pytest.raises(NotImplementedError, match="needs a Hopper GPU.*for cpu"):
     call(implementation="mosaic_gpu")
@@ -300,7 +344,7 @@ def traced(call, **kwargs):
   return str(jax.make_jaxpr(lambda: call(**kwargs))())
 
 
-@pytest.mark.parametrize("call", [m_grouped, k_grouped, dot])
+@pytest.mark.parametrize("call", [m_grouped, masked, k_grouped, dot])
 def test_kernel_on_another_gpu(call, monkeypatch):
   pretend(monkeypatch, "8.0")
   with pytest.raises(
@@ -315,6 +359,19 @@ def test_kernel_is_the_default_on_hopper(call, monkeypatch):
   pretend(monkeypatch, "9.0")
   assert "sm90" in traced(call)
   assert "sm90" not in traced(call, implementation="xla")
+
+
+def test_kernels_for_small_groups_must_be_asked_for(monkeypatch):
+  pretend(monkeypatch, "9.0")
+  assert "sm90" not in traced(masked)
+  assert "small_groups" not in traced(m_grouped)
+  for call in (m_grouped, masked):
+    kernels = [
+      traced(call, implementation="mosaic_gpu", config=config)
+      for config in (SmallGroupsConfig(), Config())
+    ]
+    assert ["small_groups" in kernel for kernel in kernels] == [True, False]
+    assert ["=m_grouped" in kernel for kernel in kernels] == [False, True]
 
 
 def test_unsupported_problems_run_on_hopper(monkeypatch):

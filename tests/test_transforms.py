@@ -21,6 +21,7 @@ from jax_grouped_gemm import (
   Recipe,
   k_grouped_gemm,
   m_grouped_gemm,
+  m_grouped_gemm_masked,
   quantize,
   quantize_for_k_grouped,
   ragged_dot,
@@ -81,6 +82,13 @@ def m_grouped(lhs, rhs, sizes):
   return m_grouped_gemm(quantize_tokens(lhs), quantize_weights(rhs), sizes)
 
 
+def masked(lhs, rhs, sizes):
+  lhs = quantize(lhs, (1, 1, 128))
+  return m_grouped_gemm_masked(
+    lhs, quantize_weights(rhs), sizes, zero_padding=True
+  )
+
+
 # (function, arguments with a batch axis in front) for jax.vmap and others.
 FUNCTIONS = {
   "ragged_dot": (
@@ -98,6 +106,10 @@ FUNCTIONS = {
   "m_grouped_gemm": (
     m_grouped,
     (integers(BATCH, M, K), integers(BATCH, G, N, K), SIZES),
+  ),
+  "m_grouped_gemm_masked": (
+    masked,
+    (integers(BATCH, G, M, K), integers(BATCH, G, N, K), SIZES),
   ),
   "k_grouped_gemm": (
     k_grouped,
@@ -283,7 +295,13 @@ def test_shard_map_of_tokens(recipe):
 
 
 @pytest.mark.parametrize(
-  "name", ["m_grouped_gemm", "k_grouped_gemm", "quantize_for_k_grouped"]
+  "name",
+  [
+    "m_grouped_gemm",
+    "m_grouped_gemm_masked",
+    "k_grouped_gemm",
+    "quantize_for_k_grouped",
+  ],
 )
 def test_shard_map_of_other_functions(name):
   fn, args = FUNCTIONS[name]
@@ -377,6 +395,18 @@ COMPOSED = {
 
 
 @pytest.mark.parametrize("transform", COMPOSED.values(), ids=COMPOSED)
+def test_masked_kernel_lowers_for_cuda_without_a_gpu(transform):
+  def run(lhs, rhs, sizes):
+    lhs, rhs = quantize(lhs, (1, 1, 128)), quantize_weights(rhs)
+    return m_grouped_gemm_masked(lhs, rhs, sizes, implementation="mosaic_gpu")
+
+  args = FUNCTIONS["m_grouped_gemm_masked"][1]
+  traced = jax.jit(functools.partial(transform, run)).trace(*args)
+  lowered = traced.lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize("transform", COMPOSED.values(), ids=COMPOSED)
 def test_kernels_lower_for_cuda_without_a_gpu(transform):
   args = FUNCTIONS["ragged_dot"][1]
   run = gradients(RECIPES["fp8"], "mosaic_gpu")
@@ -434,3 +464,16 @@ def test_checkify_reports_bad_sizes(name, transform):
   assert "must not be negative, got" in message([3, -1, 2, 0])
   assert f"at most the {rows} rows, got" in message([rows, 0, 0, 1])
   assert f"at most the {rows} rows" in message([2**31 - 1, 2**31 - 1, 2, 0])
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_checkify_reports_bad_masked_sizes(transform):
+  fn = lambda s: masked(integers(G, M, K), integers(G, N, K), s)
+  checked = jax.jit(checkify.checkify(transform(fn)))
+
+  def message(sizes):
+    return checked(jnp.array(sizes))[0].get()
+
+  assert message([0, M, M, M]) is None
+  assert "must not be negative, got" in message([3, -1, 2, 0])
+  assert f"at most max_m = {M}, got" in message([0, M + 1, 0, 1])

@@ -56,11 +56,7 @@ def stage(refs, slices):
 
 
 def store_rows(refs, tile: Tile, col):
-  """Stores the staged rows that belong to the tile, from column `col` on.
-
-  TMA needs static sizes, so `count` rows go out as the powers of two of its
-  binary form, e.g. 5 rows as 4 + 1.
-  """
+  """Stores the staged rows that belong to the tile, from column `col` on."""
   wg = lax.axis_index("wg")
   first = tile.offset - wg * WGMMA_M
   offset = jnp.clip(first, 0, WGMMA_M)
@@ -74,16 +70,24 @@ def store_rows(refs, tile: Tile, col):
       staged = refs.out_smem.at[wg, j, pl.ds(offset, num_rows)]
       store_slice(staged, refs.out_gmem, rows, col + j * slice_n)
 
-  pl.when(count == WGMMA_M)(lambda: store(0, WGMMA_M))
+  store_ladder(offset, count, WGMMA_M, store)
+  plgpu.commit_smem_to_gmem_group()
 
-  @pl.when(count < WGMMA_M)
+
+def store_ladder(offset, count, num_staged: int, store):
+  """Calls store(first, num_rows) for all of [offset, offset + count).
+
+  TMA needs static sizes, so `count` of the num_staged rows go out as the powers
+  of two of its binary form, e.g. 5 rows as 4 + 1.
+  """
+  pl.when(count == num_staged)(lambda: store(0, num_staged))
+
+  @pl.when(count < num_staged)
   def store_part():
-    first, num_rows = offset, WGMMA_M // 2
+    first, num_rows = offset, num_staged // 2
     while num_rows > 0:
       pl.when((count & num_rows) != 0)(
         functools.partial(store, first, num_rows)
       )
       first += count & num_rows
       num_rows //= 2
-
-  plgpu.commit_smem_to_gmem_group()

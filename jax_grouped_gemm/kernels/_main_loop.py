@@ -14,23 +14,14 @@ from jax.extend.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from jax_grouped_gemm.config import WGMMA_M, Config
+from jax_grouped_gemm.kernels import _pipeline
 from jax_grouped_gemm.kernels._pipeline import Ref
-
-
-def wgmma_zeros(shape):
-  """Zeros in the registers' layout of wgmma accumulators."""
-  return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-
-
-def warpgroup_rows():
-  """Rows of a CTA's tile that this warpgroup computes."""
-  return pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
 
 
 def load_row_scales(scales_smem: Ref, slot):
   """Returns the scale of each of the warpgroup's 64 rows of the slot."""
   return plgpu.load(
-    scales_smem.at[slot, warpgroup_rows()],
+    scales_smem.at[slot, _pipeline.warpgroup_rows()],
     layout=plgpu.Layout.WGMMA.reduce(1),
   )
 
@@ -62,7 +53,7 @@ def start_products(refs, tile_n: int, slot, interpret: bool):
 
   What it returns is right only after the next wgmma_wait.
   """
-  rows = warpgroup_rows()
+  rows = _pipeline.warpgroup_rows()
 
   def wgmma(acc):
     if not interpret:  # It cannot run inline assembly.

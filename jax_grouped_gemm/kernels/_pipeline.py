@@ -8,11 +8,11 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_grouped_gemm.config import Config
+from jax_grouped_gemm.config import WGMMA_M, Config
 
 # Registers of a thread that loads and of one that multiplies, by compute_wgs.
 # An SM has 65536: 512 for the threads of one index in their warpgroups.
-_REGS = {2: (40, 232), 3: (32, 160)}
+_REGS = {1: (40, 232), 2: (40, 232), 3: (32, 160)}
 
 Ref = Any  # Pallas refs have no public type that supports `.at`.
 
@@ -53,6 +53,16 @@ def drain(empty: Ref, num_slots: int, steps):
     return 0
 
   lax.fori_loop(0, jnp.minimum(steps, num_slots), wait_empty, 0)
+
+
+def wgmma_zeros(shape):
+  """Zeros in the registers' layout of wgmma accumulators."""
+  return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def warpgroup_rows():
+  """Rows of a CTA's tile that this warpgroup computes."""
+  return pl.ds(lax.axis_index("wg") * WGMMA_M, WGMMA_M)
 
 
 def empty_barriers(config: Config):

@@ -4,6 +4,7 @@ Group sizes are read where the tiles are made, inside the kernel, so that a call
 is one launch.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_grouped_gemm.config import TILE_SLOTS, Config
+from jax_grouped_gemm.kernels import _pipeline
 from jax_grouped_gemm.kernels._pipeline import Ref
+from jax_grouped_gemm.schedule import Masked
 
 ROW_ALIGN = 8  # TMA addresses rows of swizzled SMEM tiles in groups of 8.
 END = -1  # instead of a tile's group: no tile follows.
@@ -156,7 +159,97 @@ class Walk:
     return Tile(index, ni, row, offset, lax.select(left, size, 0)), one_group
 
 
+class MaskedWalk(Walk):
+  """The same where each group has rows of its own, the first of them in use.
+
+  Of the rows in use, or of the others.
+  """
+
+  def __init__(self, *args, masked: Masked, **kwargs):
+    super().__init__(*args, **kwargs)
+    self.masked = masked
+
+  def group(self, index, start, rows, row_tiles, first_tile) -> Group:
+    """Group sizes are data: whatever they hold, the rows are the group's."""
+    del start
+    is_group = index < self.num_groups
+    start = jnp.minimum(index, self.num_groups) * self.masked.rows
+    end = start + lax.select(is_group, self.masked.rows, 0)
+    size = self.group_sizes[jnp.minimum(index, self.num_groups - 1)]
+    size = jnp.clip(size, 0, self.masked.max_m)
+    used = start + lax.select(is_group, size, 0)
+    start, end = (start, used) if self.in_rhs else (used, end)
+    return Group(index, start, end, rows, row_tiles, first_tile)
+
+  def size(self, group: Group):
+    """Rows of the group that the walk is for."""
+    return group.end - group.start
+
+
 # ---------------------------------------------------------------- queue
+
+
+def load_tiles(refs, config, masked: Masked | None, k_iters: int, load_tile):
+  """Announces this CTA's tiles and loads them. Returns the slots it filled.
+
+  First those of groups that rhs holds, by load_tile(i, tile, one_group,
+  k_iters, step), which returns the step after the tile. Then those of other
+  rows, which are zeros. Each followed by an end.
+  """
+  shape = (*refs.out_gmem.shape, refs.rhs_gmem.shape[0])
+  kind = functools.partial(MaskedWalk, masked=masked) if masked else Walk
+  walk = functools.partial(
+    kind, refs.group_sizes_gmem, refs.group_offset_gmem, shape, config
+  )
+
+  def load_tiles_of(walk: Walk, first_group, first, step):
+    def load_next(state):
+      i, step, group, _ = state
+      index = lax.axis_index("sm") + (i - first) * lax.axis_size("sm")
+      group = walk.find_group(index, group)
+      is_tile = walk.is_left(group)
+      tile, one_group = walk.tile(index, group)
+      announce(
+        refs, i, tile._replace(group=lax.select(is_tile, tile.group, END))
+      )
+      if walk.in_rhs:
+        step = load_tile(
+          i, tile, one_group, lax.select(is_tile, k_iters, 0), step
+        )
+      return i + 1, step, group, is_tile
+
+    state = first, step, first_group, True
+    return lax.while_loop(lambda state: state[-1], load_next, state)[:3]
+
+  zero = jnp.int32(0)
+  of_rhs, of_others = walk(in_rhs=True), walk(in_rhs=False)
+  i, step, end = load_tiles_of(of_rhs, of_rhs.first_group(zero), zero, zero)
+  # Spares a second walk if there are no other rows to be zeros.
+  has_others = end.rows < of_others.m
+  if masked:
+    has_others &= masked.zero_padding
+  index = lax.select(has_others, zero, end.index)
+  i, *_ = load_tiles_of(of_others, of_others.first_group(index), i, zero)
+  _pipeline.drain(refs.tiles_empty, TILE_SLOTS, i)
+  return step
+
+
+def for_each_tile(refs, fn, i, step):
+  """Calls `step = fn(i, tile, step)` for the tiles announced up to an end.
+
+  Returns the index after the end.
+  """
+
+  def run(state):
+    i, step, _ = state
+    step = fn(i, read_tile(refs, i), step)
+    release_tile(refs, i)
+    return i + 1, step, is_tile(refs, i + 1)
+
+  state = i, step, is_tile(refs, i)
+  i, *_ = lax.while_loop(lambda state: state[-1], run, state)
+  release_tile(refs, i)
+  return i + 1
 
 
 def queue_types(config: Config):

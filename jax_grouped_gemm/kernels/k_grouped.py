@@ -135,7 +135,7 @@ def _accumulate_tile(refs: _Refs, config: Config, group, step, interpret):
     step,
     load_scales=load_scales,
     promote=promote,
-    init=_main_loop.wgmma_zeros(shape),
+    init=_pipeline.wgmma_zeros(shape),
     interpret=interpret,
   )
 
@@ -179,7 +179,7 @@ def _compute_tile(
 
   @pl.when(k_iters == 0)
   def stage_zeros():
-    stage(_main_loop.wgmma_zeros((WGMMA_M, config.tile_n)))
+    stage(_pipeline.wgmma_zeros((WGMMA_M, config.tile_n)))
 
   plgpu.commit_smem()
   for j in range(slices):

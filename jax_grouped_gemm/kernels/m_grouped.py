@@ -27,7 +27,6 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_grouped_gemm.config import (
   SCALE_BLOCK,
-  TILE_SLOTS,
   WGMMA_M,
   Config,
 )
@@ -40,7 +39,8 @@ from jax_grouped_gemm.kernels import (
 )
 from jax_grouped_gemm.kernels._pipeline import Ref
 from jax_grouped_gemm.kernels._rhs_scales import SLICE_N
-from jax_grouped_gemm.kernels._walk import END, ROW_ALIGN, Tile, Walk
+from jax_grouped_gemm.kernels._walk import ROW_ALIGN, Tile
+from jax_grouped_gemm.schedule import Masked
 
 
 class _Refs(NamedTuple):
@@ -70,43 +70,10 @@ class _Refs(NamedTuple):
 # ---------------------------------------------------------------- load
 
 
-def _load_tiles(refs: _Refs, config: Config):
-  """Announces this CTA's tiles and loads them. Returns the slots it filled.
-
-  First those of groups that rhs holds, then those of other rows, which are
-  zeros, each followed by an end.
-  """
-  shape = (*refs.out_gmem.shape, refs.rhs_gmem.shape[0])
-  walk = functools.partial(
-    Walk, refs.group_sizes_gmem, refs.group_offset_gmem, shape, config
-  )
-
-  def load_tiles_of(walk: Walk, first_group, first, step):
-    def load_next(state):
-      i, step, group, _ = state
-      index = lax.axis_index("sm") + (i - first) * lax.axis_size("sm")
-      group = walk.find_group(index, group)
-      is_tile = walk.is_left(group)
-      tile, one_group = walk.tile(index, group)
-      _walk.announce(
-        refs, i, tile._replace(group=lax.select(is_tile, tile.group, END))
-      )
-      if walk.in_rhs:
-        k_iters = lax.select(is_tile, _k_iters(refs), 0)
-        step = _load_tile(refs, config, i, tile, one_group, k_iters, step)
-      return i + 1, step, group, is_tile
-
-    state = first, step, first_group, True
-    return lax.while_loop(lambda state: state[-1], load_next, state)[:3]
-
-  zero = jnp.int32(0)
-  of_rhs, of_others = walk(in_rhs=True), walk(in_rhs=False)
-  i, step, end = load_tiles_of(of_rhs, of_rhs.first_group(zero), zero, zero)
-  # Spares a second walk if there are no other rows.
-  index = lax.select(end.rows < of_others.m, zero, end.index)
-  i, *_ = load_tiles_of(of_others, of_others.first_group(index), i, zero)
-  _pipeline.drain(refs.tiles_empty, TILE_SLOTS, i)
-  return step
+def _load_tiles(refs: _Refs, config: Config, masked: Masked | None):
+  """Announces this CTA's tiles and loads them. Returns the slots it filled."""
+  load_tile = functools.partial(_load_tile, refs, config)
+  return _walk.load_tiles(refs, config, masked, _k_iters(refs), load_tile)
 
 
 def _k_iters(refs: _Refs) -> int:
@@ -150,9 +117,7 @@ def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
 def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
   """Computes the announced tiles, then stores the announced tiles of zeros."""
 
-  def compute_tile(state):
-    i, step, _ = state
-    tile = _walk.read_tile(refs, i)
+  def compute_tile(i, tile: Tile, step):
     # The last tile of a group may have no rows for this warpgroup.
     first_row = lax.axis_index("wg") * WGMMA_M
     has_rows = (tile.size > 0) & (first_row < tile.offset + tile.size)
@@ -168,28 +133,18 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
       _rhs_scales.wait(refs, i)
       _main_loop.skip(refs, config, _k_iters(refs), step)
 
-    return next_tile(i, step + _k_iters(refs))
+    return step + _k_iters(refs)
 
-  def store_zeros(state):
-    i, step, _ = state
-    tile = _walk.read_tile(refs, i)
+  def store_zeros(i, tile: Tile, step):
+    del i
     _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
-    return next_tile(i, step)
+    return step
 
-  def next_tile(i, step):
-    _walk.release_tile(refs, i)
-    return i + 1, step, _walk.is_tile(refs, i + 1)
-
-  def for_each_tile(fn, i):
-    state = (i, jnp.int32(0), _walk.is_tile(refs, i))
-    i, *_ = lax.while_loop(lambda state: state[-1], fn, state)
-    _walk.release_tile(refs, i)
-    return i + 1
-
-  i = for_each_tile(compute_tile, jnp.int32(0))
-  zeros = _main_loop.wgmma_zeros((WGMMA_M, SLICE_N))
+  zero = jnp.int32(0)
+  i = _walk.for_each_tile(refs, compute_tile, zero, zero)
+  zeros = _pipeline.wgmma_zeros((WGMMA_M, SLICE_N))
   _epilogue.stage(refs, [zeros] * (config.tile_n // SLICE_N))
-  for_each_tile(store_zeros, i)
+  _walk.for_each_tile(refs, store_zeros, i, zero)
 
 
 def _accumulate_tile(refs: _Refs, config: Config, i, step, interpret):
@@ -218,7 +173,7 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step, interpret):
     step,
     load_scales=load_scales,
     promote=promote,
-    init=[_main_loop.wgmma_zeros(shape) for _ in columns],
+    init=[_pipeline.wgmma_zeros(shape) for _ in columns],
     interpret=interpret,
   )
 
@@ -238,11 +193,13 @@ def m_grouped_gemm(
   n: int,
   out_dtype: DTypeLike,
   config: Config,
+  masked: Masked | None = None,
   interpret: bool = False,
 ) -> Float[Array, "m n"]:
   """out[r] = lhs[r] @ rhs[group of r - group_offset].T, else 0.
 
-  k_stored is a multiple of 128, m_stored and n_stored are multiples of 8.
+  k_stored is a multiple of 128, m_stored and n_stored are multiples of 8. With
+  `masked`, the groups have its rows, one group after the other.
   """
   if group_offset is None:
     group_offset = jnp.zeros((1,), jnp.int32)
@@ -257,7 +214,7 @@ def m_grouped_gemm(
   slice_n = _epilogue.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
 
   out = _pipeline.launch(
-    functools.partial(_load_tiles, config=config),
+    functools.partial(_load_tiles, config=config, masked=masked),
     functools.partial(_compute_tiles, config=config, interpret=interpret),
     name="m_grouped_gemm_sm90",
     config=config,

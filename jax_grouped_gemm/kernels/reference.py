@@ -252,6 +252,31 @@ def m_grouped_gemm(
   )
 
 
+@functools.partial(jax.jit, static_argnames=("out_dtype", "zero_padding"))
+def m_grouped_gemm_masked(
+  lhs: ScaledArray,
+  rhs: ScaledArray,
+  group_sizes: Int32[Array, "g"],
+  *,
+  out_dtype: DTypeLike,
+  zero_padding: bool,
+) -> Float[Array, "g max_m n"]:
+  """out[g] = lhs[g] @ rhs[g].T; zeros past group_sizes[g] if zero_padding."""
+  shape = lhs.shape[1], rhs.shape[1]
+  zeros = lambda x, _: manual_axes.zeros(shape, out_dtype, x.values)
+  multiply = lambda x, weights: _dot(
+    x.dequantize(), weights.dequantize(), 1, 1, lax.Precision.HIGHEST
+  ).astype(out_dtype)
+
+  def compute_group(group):
+    *operands, size = group
+    out = lax.cond(size > 0, multiply, zeros, *operands)
+    in_use = jnp.arange(shape[0])[:, None] < size
+    return jnp.where(in_use, out, 0) if zero_padding else out
+
+  return lax.map(compute_group, (lhs, rhs, group_sizes))
+
+
 @functools.partial(jax.jit, static_argnames="out_dtype")
 def k_grouped_gemm(
   lhs: ScaledArray,

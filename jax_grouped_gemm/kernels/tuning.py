@@ -17,8 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_grouped_gemm.config import SCALE_BLOCK, SMEM_BYTES, Config
+from jax_grouped_gemm.config import (
+  SCALE_BLOCK,
+  SMEM_BYTES,
+  Config,
+  SmallGroupsConfig,
+)
 from jax_grouped_gemm.kernels._pipeline import num_sms
+from jax_grouped_gemm.kernels._walk import ROW_ALIGN
 
 TABLE = Path(__file__).with_name("tuning_table.json")
 TABLE_VARIABLE = "JAX_GROUPED_GEMM_TUNING_TABLE"
@@ -34,6 +40,13 @@ _TILE_US = {192: 1.1, 128: 0.8, 64: 0.6}
 # few row tiles.
 _CLUSTER_FACTOR = {(2, "lhs"): 1.0, (2, "rhs"): 0.995, (1, "lhs"): 1.015}
 _FEW_ROW_TILES, _FEW_ROW_TILES_FACTOR = 8, 1.015
+
+# Whether m_grouped_gemm takes the kernel for small groups without being asked.
+# It has not run on a GPU: measure it, then flip this.
+SMALL_GROUPS_BY_DEFAULT = False
+_SMALL_GROUP = 64  # rows, on average
+_ROW_SPREAD = 1.5  # Of a group's rows to their average; more are a second tile.
+_MOST_SLOTS = 24  # of small tiles
 
 # K-grouped: rates of (tile_n, cluster) relative to the best, when all columns
 # are used. Tiles of 192 columns do not fit: out is f32, and both operands have
@@ -133,24 +146,51 @@ def m_grouped_us(config: Config, m: int, n: int, k: int, g: int) -> float:
   return waves * tile_us * factor
 
 
-def most_stages(config: Config, out_dtype: DTypeLike, k: int | None) -> Config:
+def most_stages(
+  config, out_dtype: DTypeLike, k: int | None, most: int = _MAX_STAGES
+):
   """Returns the config with as many stages as fit and are of use."""
   configs = [
     dataclasses.replace(config, num_stages=stages)
-    for stages in range(max(2, config.lag + 1), _MAX_STAGES + 1)
+    for stages in range(max(2, config.lag + 1), most + 1)
   ]
   return [c for c in configs if c.smem_bytes(out_dtype, k) <= SMEM_BYTES][-1]
 
 
+def small_groups_config(
+  rows: int, n: int, g: int, out_dtype: DTypeLike, row_align: int
+) -> SmallGroupsConfig:
+  """For g groups of about `rows` rows, each from a multiple of row_align on."""
+  # TMA loads from a multiple of 8 on: rows before a group take part of a tile.
+  rows = math.ceil(_ROW_SPREAD * rows) + ROW_ALIGN - row_align
+  tile_m = next((t for t in (8, 16, 32) if t >= rows), 64)
+  tiles = g * -(-rows // tile_m) * -(-n // 128)
+  # With few tiles, the last ones leave processors idle.
+  tile_n = 128 if tiles >= 4 * num_sms() else 64
+  config = SmallGroupsConfig(tile_m=tile_m, tile_n=tile_n)
+  return most_stages(config, out_dtype, None, _MOST_SLOTS)
+
+
 def m_grouped_config(
   m: int, n: int, k: int, g: int, out_dtype: DTypeLike
-) -> Config:
+) -> Config | SmallGroupsConfig:
   """The config of an M-grouped GEMM (m, k) x (g, n, k) -> (m, n)."""
   measured = _lookup("m_grouped", m, n, k, g, out_dtype)
   if measured:
     return measured
+  if SMALL_GROUPS_BY_DEFAULT and m <= _SMALL_GROUP * g:
+    return small_groups_config(-(-m // g), n, g, out_dtype, 1)
   configs = m_grouped_candidates(k, out_dtype)
   return min(configs, key=lambda c: m_grouped_us(c, m, n, k, g))
+
+
+def masked_config(
+  rows: int, n: int, k: int, g: int, out_dtype: DTypeLike
+) -> Config | SmallGroupsConfig:
+  """For `rows` rows in each of g groups, which start at multiples of 8."""
+  if rows <= _SMALL_GROUP:
+    return small_groups_config(rows, n, g, out_dtype, ROW_ALIGN)
+  return m_grouped_config(rows * g, n, k, g, out_dtype)
 
 
 def k_grouped_config(

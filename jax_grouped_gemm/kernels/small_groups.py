@@ -1,0 +1,225 @@
+"""M-grouped FP8 GEMM with block scales for groups of few rows, for Hopper.
+
+    out[r, j] = sum_kb (rhs[g, j, kb] @ lhs[r, kb]) * lhs_scales[r, kb]
+                       * rhs_scales[g, j // 128, kb]          r in group g
+
+kb runs over slices of 128 elements of k. Rows of no group are zero, or left
+alone in the masked layout. lhs (m, k), rhs (g, n, k) and out (m, n) are
+row-major; groups start at any row.
+
+The time is that of reading rhs, once for all rows of a tile. Operands are
+swapped: the 64 rows of a wgmma instruction are columns of out, its columns are
+the tile_m rows of out, from 8 on. So a slice costs little besides its loads,
+and num_stages of them are on their way at any time. The tile of out is
+transposed when it is staged.
+
+Warpgroups of one CTA, over num_stages slots of SMEM:
+  wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | store
+  last wg  _load_tiles    | wait empty | TMA rhs, lhs, lhs_scales -> full
+The last one also walks over the group sizes and tells the others their tiles.
+rhs of an empty group is never read.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_grouped_gemm.config import (
+  SCALE_ALIGN,
+  SCALE_BLOCK,
+  WGMMA_M,
+  SmallGroupsConfig,
+)
+from jax_grouped_gemm.kernels import _epilogue, _pipeline, _walk
+from jax_grouped_gemm.kernels._pipeline import Ref
+from jax_grouped_gemm.kernels._walk import ROW_ALIGN, Tile
+from jax_grouped_gemm.schedule import Masked
+
+
+class _Refs(NamedTuple):
+  """Refs of the kernel: operands in GMEM, slots in SMEM, barriers."""
+
+  lhs_gmem: Ref  # (m, k) f8
+  lhs_scales_gmem: Ref  # (k/128, m) f32
+  rhs_gmem: Ref  # (g, n, k) f8
+  rhs_scales_gmem: Ref  # (g, n/128, k/128) f32
+  group_sizes_gmem: Ref  # (g_all,) i32
+  group_offset_gmem: Ref  # (1,) i32: of group_sizes, the first that rhs holds
+  out_gmem: Ref  # (m, n) bf16 or f32
+  lhs_smem: Ref  # (stages, tile_m, 128) f8
+  rhs_smem: Ref  # (stages, tile_n, 128) f8
+  lhs_scales_smem: Ref  # (stages, >= tile_m) f32
+  out_smem: Ref  # (wg, tile_m, 64) as out
+  full: Ref  # (stages,) 3 arrivals: lhs, rhs, lhs_scales
+  empty: Ref  # (stages,) one arrival per compute warpgroup
+  tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
+  tiles_full: Ref  # (TILE_SLOTS,) one arrival
+  tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
+
+
+def _k_iters(refs: _Refs) -> int:
+  return refs.lhs_gmem.shape[1] // SCALE_BLOCK
+
+
+# ---------------------------------------------------------------- load
+
+
+def _load_tiles(refs: _Refs, config: SmallGroupsConfig, masked: Masked | None):
+  """Announces this CTA's tiles and loads them. Returns the slots it filled."""
+  load_tile = functools.partial(_load_tile, refs, config)
+  return _walk.load_tiles(refs, config, masked, _k_iters(refs), load_tile)
+
+
+def _load_tile(
+  refs: _Refs, config: SmallGroupsConfig, i, tile: Tile, _, k_iters, step
+):
+  """Loads the k slices of the tile into consecutive slots."""
+  del i
+  rows = pl.ds(pl.multiple_of(tile.row, ROW_ALIGN), config.tile_m)
+  cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
+  scales_smem = refs.lhs_scales_smem.at[:, pl.ds(0, config.tile_m)]
+
+  def load_slice(ki, slot):
+    ks = pl.ds(ki * SCALE_BLOCK, SCALE_BLOCK)
+    full = refs.full.at[slot]
+    copy = plgpu.copy_gmem_to_smem
+    copy(refs.rhs_gmem.at[tile.group, cols, ks], refs.rhs_smem.at[slot], full)
+    copy(refs.lhs_gmem.at[rows, ks], refs.lhs_smem.at[slot], full)
+    copy(refs.lhs_scales_gmem.at[ki, rows], scales_smem.at[slot], full)
+
+  return _pipeline.load_slices(
+    refs.empty, config.num_stages, k_iters, step, load_slice
+  )
+
+
+# ---------------------------------------------------------------- compute
+
+
+def _compute_tiles(refs: _Refs, config: SmallGroupsConfig):
+  """Computes the announced tiles, then stores the announced tiles of zeros."""
+
+  def compute_tile(i, tile: Tile, step):
+    del i
+    _stage(refs, _accumulate_tile(refs, config, tile, step))
+    _store_rows(refs, config, tile)
+    return step + _k_iters(refs)
+
+  def store_zeros(i, tile: Tile, step):
+    del i
+    _store_rows(refs, config, tile)
+    return step
+
+  zero = jnp.int32(0)
+  i = _walk.for_each_tile(refs, compute_tile, zero, zero)
+  _stage(refs, _pipeline.wgmma_zeros((WGMMA_M, config.tile_m)))
+  _walk.for_each_tile(refs, store_zeros, i, zero)
+
+
+def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, tile, step):
+  """Returns the warpgroup's (64, tile_m) of out.T, in float32."""
+  shape = (WGMMA_M, config.tile_m)
+  block = lax.div(tile.ni * config.tile_n, SCALE_BLOCK)
+
+  def add_slice(ki, acc):
+    slot = lax.rem(step + ki, config.num_stages)
+    # Before the wait for the slice, which hides its latency.
+    rhs_scale = refs.rhs_scales_gmem[tile.group, block, ki]
+    plgpu.barrier_wait(refs.full.at[slot])
+
+    def multiply(products):
+      rhs = refs.rhs_smem.at[slot, _pipeline.warpgroup_rows()]
+      plgpu.wgmma(products, rhs, refs.lhs_smem.at[slot].T)
+      lhs_scales = plgpu.load(
+        refs.lhs_scales_smem.at[slot, pl.ds(0, config.tile_m)],
+        layout=plgpu.Layout.WGMMA.reduce(0),
+      )
+      return products[...], lhs_scales * rhs_scale
+
+    products, scales = pl.run_scoped(multiply, plgpu.ACC(shape))
+    plgpu.barrier_arrive(refs.empty.at[slot])
+    return acc + products * lax.broadcast_in_dim(scales, shape, (1,))
+
+  return lax.fori_loop(
+    0, _k_iters(refs), add_slice, _pipeline.wgmma_zeros(shape)
+  )
+
+
+def _stage(refs: _Refs, acc):
+  """Writes the warpgroup's (64, tile_m) of out.T to out_smem, transposed."""
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  value = acc.astype(refs.out_gmem.dtype)
+  if value.dtype.itemsize == 4:
+    # Mosaic transposes 16 bits on their way to SMEM, others only in registers.
+    value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+  refs.out_smem.at[lax.axis_index("wg")].T[...] = value
+  plgpu.commit_smem()
+
+
+def _store_rows(refs: _Refs, config: SmallGroupsConfig, tile: Tile):
+  """Stores the staged rows that belong to the tile."""
+  wg = lax.axis_index("wg")
+  col = tile.ni * config.tile_n + wg * WGMMA_M
+
+  def store(offset, num_rows):
+    staged = refs.out_smem.at[wg, pl.ds(offset, num_rows)]
+    rows = pl.ds(tile.row + offset, num_rows)
+    _epilogue.store_slice(staged, refs.out_gmem, rows, col)
+
+  _epilogue.store_ladder(tile.offset, tile.size, config.tile_m, store)
+  plgpu.commit_smem_to_gmem_group()
+
+
+# ---------------------------------------------------------------- launch
+
+
+def small_groups_gemm(
+  lhs: Float[Array, "m_stored k_stored"],
+  lhs_scales: Float32[Array, "m k/128"],
+  rhs: Float[Array, "g n_stored k_stored"],
+  rhs_scales: Float32[Array, "g n/128 k/128"],
+  group_sizes: Int32[Array, "g_all"],
+  group_offset: Int32[Array, "1"] | None,
+  *,
+  m: int,
+  n: int,
+  out_dtype: DTypeLike,
+  config: SmallGroupsConfig,
+  masked: Masked | None = None,
+  interpret: bool = False,
+) -> Float[Array, "m n"]:
+  """As m_grouped.m_grouped_gemm."""
+  if group_offset is None:
+    group_offset = jnp.zeros((1,), jnp.int32)
+  # TMA reads the scales of a tile's rows as one line, of whole 16 bytes.
+  lhs_scales = jnp.pad(lhs_scales, ((0, -m % ROW_ALIGN), (0, 0))).T
+  stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
+  out = _pipeline.launch(
+    functools.partial(_load_tiles, config=config, masked=masked),
+    functools.partial(_compute_tiles, config=config),
+    name="small_groups_gemm_sm90",
+    config=config,
+    interpret=interpret,
+    refs_type=_Refs,
+    # A warpgroup stores whole 64 columns: other n cost a copy of out.
+    out_type=jax.ShapeDtypeStruct((m, n + -n % WGMMA_M), out_dtype),
+    scratch_types=dict(
+      lhs_smem=plgpu.SMEM((stages, tile_m, SCALE_BLOCK), lhs.dtype),
+      rhs_smem=plgpu.SMEM((stages, tile_n, SCALE_BLOCK), rhs.dtype),
+      # TMA wants every slot to start at whole 128 bytes.
+      lhs_scales_smem=plgpu.SMEM(
+        (stages, max(tile_m, SCALE_ALIGN)), jnp.float32
+      ),
+      out_smem=plgpu.SMEM((config.compute_wgs, tile_m, WGMMA_M), out_dtype),
+      full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+      empty=_pipeline.empty_barriers(config),
+      **_walk.queue_types(config),
+    ),
+  )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))
+  return out[:, :n]
