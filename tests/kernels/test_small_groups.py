@@ -12,7 +12,6 @@ from problems import check, m_grouped
 
 from jax_grouped_gemm.config import SmallGroupsConfig
 from jax_grouped_gemm.kernels.small_groups import small_groups_gemm
-from jax_grouped_gemm.schedule import Masked
 
 pytestmark = pytest.mark.slow
 
@@ -88,27 +87,6 @@ def test_group_offset(interpreter, offset):
       jnp.asarray([offset], jnp.int32),
     )
   check(out, *(np.where(kept[:, None], x, 0) for x in expected))
-
-
-@pytest.mark.parametrize("tile_n, zero_padding", [(64, False), (128, True)])
-def test_masked(interpreter, tile_n, zero_padding):
-  """Each group has 24 rows, of which at most 21 may be in use."""
-  config = SmallGroupsConfig(tile_m=16, tile_n=tile_n, num_stages=3, num_sms=3)
-  masked = Masked(24, 21, zero_padding)
-  gemm = jitted(
-    m=96, n=tile_n + 16, out_dtype=BF16, config=config, masked=masked
-  )
-  operands, out, magnitude = m_grouped([24] * 4, 96, tile_n + 16, 400)
-  for sizes in ([21, 0, 3, 16], [2**31 - 1, 17, -5, 1], [0, 0, 0, 0]):
-    used = np.arange(24) < np.clip(sizes, 0, 21)[:, None]
-    used = used.reshape(-1, 1)
-    with interpreter():
-      got = gemm(*operands[:4], jnp.array(sizes, jnp.int32), None)
-    if not zero_padding:  # What the interpreter fills memory with.
-      written = ~np.isnan(np.asarray(got, np.float32))
-      np.testing.assert_array_equal(written, used & np.ones_like(written))
-      got = jnp.where(used, got, 0)
-    check(got, *(np.where(used, x, 0) for x in (out, magnitude)), label=sizes)
 
 
 def test_garbage_stays_where_it_is(interpreter):
