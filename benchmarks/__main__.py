@@ -17,15 +17,15 @@ from benchmarks import shapes, torch_peers
 from benchmarks.plot import plot
 from benchmarks.run import run
 
-_BENCHMARKS = ("m_grouped", "k_grouped")
+_BENCHMARKS = ("m_grouped", "k_grouped", "masked", "decode")
 
 
 def _peers(benchmark: str, names):
   from benchmarks import gemms
 
-  peers = [impl for impl in gemms.IMPLS[benchmark] if impl != "ours"]
-  if benchmark == "m_grouped":
-    peers += torch_peers.IMPLS
+  ours = ("ours", "read")  # They always run.
+  peers = [impl for impl in gemms.IMPLS[benchmark] if impl not in ours]
+  peers += torch_peers.IMPLS_OF.get(benchmark, ())
   if names == ["all"]:
     return peers
   unknown = [name for name in names if name not in peers]

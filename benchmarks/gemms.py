@@ -1,8 +1,4 @@
-"""The grouped GEMMs to time in JAX: operands, implementations, their check.
-
-Operands are quantised random numbers: a GPU draws less power, and so runs
-faster, on zeros or constants.
-"""
+"""The grouped GEMMs to time in JAX: operands, implementations, their check."""
 
 import functools
 import importlib
@@ -11,18 +7,19 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from benchmarks import masked
+from benchmarks.operands import random_rows, random_weights
 from benchmarks.shapes import Problem
 from benchmarks.timing import measure_us
 from jax_grouped_gemm import (
   k_grouped_gemm,
   m_grouped_gemm,
-  quantize,
   quantize_for_k_grouped,
 )
 
 # Largest |row of out - row of the reference| / |row of the reference|. bf16
 # peers also round the operands.
-_MAX_ROW_ERROR = {"ours": 4e-3}
+_MAX_ROW_ERROR_OURS = 4e-3
 _MAX_ROW_ERROR_BF16 = 1e-2
 _MAX_DENSE_GROUPS = 8  # jax.lax.ragged_dot multiplies all rows by all groups.
 # What JAX's own kernel is tried with: block_m, block_n, block_k, steps.
@@ -31,6 +28,10 @@ _MGPU_CONFIGS = ((128, 128, 64, 4), (128, 256, 64, 4), (64, 256, 64, 4))
 
 class Unsupported(Exception):
   """The implementation cannot run the problem."""
+
+
+def _max_row_error_of(impl: str) -> float:
+  return _MAX_ROW_ERROR_OURS if "ours" in impl else _MAX_ROW_ERROR_BF16
 
 
 @jax.jit
@@ -46,24 +47,12 @@ class MGrouped:
   """out[r] = lhs[r] @ rhs[group of r].T."""
 
   def __init__(self, p: Problem):
-    m = sum(p.sizes)
-    keys = jax.random.split(jax.random.key(0))
     self.sizes = jnp.asarray(p.sizes, jnp.int32)
+    self.lhs, self.rhs = random_rows(sum(p.sizes), p.k), random_weights(p)
 
-    @jax.jit
-    def weights(keys):  # One group at a time: all of them in bf16 may not fit.
-      return jax.lax.map(
-        lambda key: quantize(
-          jax.random.normal(key, (p.n, p.k), jnp.bfloat16), (128, 128)
-        ),
-        keys,
-      )
-
-    self.rhs = weights(jax.random.split(keys[1], len(p.sizes)))
-    lhs = jax.jit(jax.random.normal, static_argnums=(1, 2))(
-      keys[0], (m, p.k), jnp.bfloat16
-    )
-    self.lhs = jax.jit(quantize, static_argnums=1)(lhs, (1, 128))
+  def compared(self, out):
+    """All rows are somebody's."""
+    return out
 
   def calls(self):
     """Returns {implementation: function that returns (function, operands)}."""
@@ -149,6 +138,10 @@ class KGrouped:
       )
     )
 
+  def compared(self, out):
+    """All rows are somebody's."""
+    return out
+
   def calls(self):
     """Returns {implementation: function that returns (function, operands)}."""
     return {"ours": lambda: (k_grouped_gemm, (self.lhs, self.rhs, self.sizes))}
@@ -158,10 +151,17 @@ class KGrouped:
     return k_grouped_gemm(self.lhs, self.rhs, self.sizes, implementation="xla")
 
 
-GEMMS = {"m_grouped": MGrouped, "k_grouped": KGrouped}
+GEMMS = {
+  "m_grouped": MGrouped,
+  "k_grouped": KGrouped,
+  "masked": masked.Masked,
+  "decode": masked.Decode,
+}
 IMPLS = {
   "m_grouped": ("ours", "lax_ragged_dot", "jax_ragged_dot_mgpu", "tokamax"),
   "k_grouped": ("ours",),
+  "masked": ("read", "ours", "ours_m_grouped", "ours_small_groups"),
+  "decode": ("read", "ours", "ours_m_grouped"),
 }
 
 
@@ -172,10 +172,13 @@ def rows(
   gemm = GEMMS[benchmark](problem)
   expected, calls = gemm.expected(), gemm.calls()
   for impl in impls:
+    if impl == "read":
+      yield masked.read_row(iterations)
+      continue
     try:
       fn, operands = calls[impl]()
       out = jax.jit(fn)(*operands)
-      error = float(_max_row_error(out, expected))
+      error = float(_max_row_error(gemm.compared(out), expected))
       num_bytes = sum(x.nbytes for x in jax.tree.leaves((operands, out)))
       del out
       us = measure_us(fn, *operands, iterations=iterations)
@@ -187,7 +190,7 @@ def rows(
       "us": round(us, 2),
       "gbps": round(num_bytes / us / 1e3, 1),
       "max_row_error": error,
-      "verified": error <= _MAX_ROW_ERROR.get(impl, _MAX_ROW_ERROR_BF16),
+      "verified": error <= _max_row_error_of(impl),
     }
 
 

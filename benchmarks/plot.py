@@ -1,10 +1,13 @@
-"""Draws TFLOP/s of each implementation on each shape."""
+"""Draws the rate of each implementation on each shape."""
 
 import json
 from pathlib import Path
 
+from benchmarks.shapes import MEMORY_BOUND
+
 _ORDER = (
   "ours",
+  "ours_m_grouped",
   "deepgemm",
   "torch_scaled_grouped_mm",
   "per_expert_loop",
@@ -13,8 +16,8 @@ _ORDER = (
   "tokamax",
   "lax_ragged_dot",
 )
-# Dense products of the same sizes: what grouping cannot be expected to exceed.
-_BOUNDS = {"cublaslt_fp8": "-", "cublaslt_fp8_block": ":"}
+# Dense products of the same sizes, reading alone: not to be exceeded.
+_BOUNDS = {"cublaslt_fp8": "-", "cublaslt_fp8_block": ":", "read": "-"}
 
 
 def plot(source: Path, target: Path) -> int:
@@ -25,7 +28,9 @@ def plot(source: Path, target: Path) -> int:
   from matplotlib import pyplot as plt
 
   result = json.loads(source.read_text())
-  rows = [row for row in result["rows"] if "us" in row]
+  memory_bound = result.get("benchmark") in MEMORY_BOUND
+  rate, unit = ("gbps", "GB/s") if memory_bound else ("tflops", "TFLOP/s")
+  rows = [row for row in result["rows"] if rate in row]
   sets = list(dict.fromkeys(row["set"] for row in rows))
   heights = [
     len({r["shape"] for r in rows if r["set"] == name}) for name in sets
@@ -41,7 +46,7 @@ def plot(source: Path, target: Path) -> int:
   for name, axes in zip(sets, panels[:, 0], strict=True):
     of_set = [row for row in rows if row["set"] == name]
     shapes = list(dict.fromkeys(row["shape"] for row in of_set))
-    rates = {(row["impl"], row["shape"]): row["tflops"] for row in of_set}
+    rates = {(row["impl"], row["shape"]): row[rate] for row in of_set}
     for i, impl in enumerate(impls):
       offset = (i + 0.5) / (len(impls) + 1) - 0.5
       axes.barh(
@@ -60,7 +65,7 @@ def plot(source: Path, target: Path) -> int:
             j + 0.5,
             colors="black",
             linestyles=style,
-            label=None if j else f"{impl} (dense)",
+            label=None if j else f"{impl} (bound)",
           )
     axes.set_yticks(range(len(shapes)), shapes, fontsize=7)
     axes.invert_yaxis()
@@ -68,7 +73,7 @@ def plot(source: Path, target: Path) -> int:
     axes.margins(y=0.01)
   panels[0, 0].legend(fontsize=7, loc="lower right")
   panels[-1, 0].set_xlabel(
-    f"TFLOP/s of useful rows, {result['device']}, {result['date']}"
+    f"{unit} of useful rows, {result['device']}, {result['date']}"
   )
   figure.savefig(target, dpi=110)
   print(target)

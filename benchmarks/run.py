@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import torch_peers
-from benchmarks.shapes import Problem, problems
+from benchmarks.shapes import MEMORY_BOUND, Problem, problems
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "torch", "tokenspeed-deepgemm", "tokamax")
@@ -126,14 +126,19 @@ def _measure(benchmark, problem, impls, iterations, torch):
 
 
 def _line(row, reference, peak) -> str:
-  """shape | us | TFLOP/s | % of peak | GB/s | times ours."""
+  """shape | us | TFLOP/s | % of peak | GB/s (| % of read) | times ours."""
   head = f"{row['set']:8} {row['shape']:28} {row['impl']:24}"
   if "us" not in row:
     return f"{head} not run: {row['unavailable'][:80]}"
+  tflops = row.get("tflops", 0.0)
+  of_read = (
+    f"{100 * row['of_read']:5.1f} % of read " if "of_read" in row else ""
+  )
   ratio = reference / row["us"] if reference else 1.0
   return (
-    f"{head} {row['us']:10.1f} us {row['tflops']:7.1f} TFLOP/s "
-    f"{100 * row['tflops'] / peak:5.1f} % {row.get('gbps', 0):7.1f} GB/s "
+    f"{head} {row['us']:10.1f} us {tflops:7.1f} TFLOP/s "
+    f"{100 * tflops / peak:5.1f} % {row.get('gbps', 0):7.1f} GB/s "
+    f"{of_read}"
     f"{ratio:5.2f} x ours{'' if row['verified'] else ' WRONG'}"
   )
 
@@ -147,7 +152,8 @@ def run(args) -> int:
     for problem in problems(args.benchmark, args.shapes, args.groups)
     if args.only in problem.shape
   ]
-  impls = ["ours", *(args.peers or [])]
+  memory_bound = args.benchmark in MEMORY_BOUND
+  impls = [*(["read"] if memory_bound else []), "ours", *args.peers]
   device = gemms.device()
   peak = _PEAK_TFLOPS.get(device, float("nan"))
   print(
@@ -156,7 +162,7 @@ def run(args) -> int:
   )
   torch, rows = TorchPeers(), []
   for problem in tqdm(todo, desc=args.benchmark, disable=None):
-    our_us = None
+    our_us = read_gbps = None
     for row in _measure(args.benchmark, problem, impls, args.iterations, torch):
       row = {
         "set": problem.set,
@@ -168,7 +174,12 @@ def run(args) -> int:
         "k": problem.k,
         **row,
       }
-      if "us" in row:
+      if row["impl"] == "read":
+        read_gbps = row["gbps"]
+      elif "us" in row:
+        if memory_bound:
+          row["gbps"] = round(problem.num_bytes / row["us"] / 1e3, 1)
+          row["of_read"] = round(row["gbps"] / read_gbps, 3)
         row["tflops"] = round(problem.flops / row["us"] / 1e6, 1)
         our_us = row["us"] if row["impl"] == "ours" else our_us
       tqdm.write(_line(row, our_us, peak))

@@ -18,6 +18,15 @@ class Problem(NamedTuple):
   sizes: tuple[int, ...]
   n: int
   k: int
+  max_m: int = 0  # masked: rows that lhs has for each group
+
+  @property
+  def num_bytes(self) -> int:
+    """Least to move, FP8 to bf16: weights of a group without rows stay."""
+    slices = -(-self.k // 128)
+    weights = self.n * self.k + 4 * -(-self.n // 128) * slices
+    rows = sum(self.sizes) * (self.k + 4 * slices + 2 * self.n)
+    return sum(size > 0 for size in self.sizes) * weights + rows
 
   @property
   def flops(self) -> int:
@@ -46,6 +55,18 @@ def zipf_sizes(tokens: int, experts: int, top_k: int) -> tuple[int, ...]:
   """
   rng = np.random.default_rng(0)
   weights = np.log(1 / rng.permutation(np.arange(1, experts + 1)))
+  return _routed_sizes(tokens, weights, top_k, rng)
+
+
+def uniform_sizes(tokens: int, experts: int, top_k: int) -> tuple[int, ...]:
+  """Rows per expert if all are equally popular, as zipf_sizes."""
+  return _routed_sizes(
+    tokens, np.zeros(experts), top_k, np.random.default_rng(0)
+  )
+
+
+def _routed_sizes(tokens: int, weights, top_k: int, rng) -> tuple[int, ...]:
+  experts = len(weights)
   # The top k of logits with Gumbel noise are samples without replacement.
   logits = weights + rng.gumbel(size=(tokens, experts)).astype(np.float32)
   chosen = np.argpartition(-logits, top_k - 1, axis=1)[:, :top_k]
@@ -82,7 +103,19 @@ _GROUPED = {
     "deepgemm": [(*g, *w) for g in _GROUPS for w in _K_WIDTHS],
     "smoke": [(2, 40, 128, 256)],
   },
+  "masked": {
+    "deepgemm": [
+      (*g, *w)
+      for g in ((32, 192), (6, 1024), (32, 20), (6, 20))
+      for w in _M_WIDTHS
+    ],
+    "smoke": [(2, 40, 128, 256)],
+  },
+  "decode": {"smoke": [(4, 3, 128, 256)]},
 }
+# The time of these is that of moving bytes.
+MEMORY_BOUND = ("masked", "decode")
+_MAX_M, _MAX_M_LARGE = 512, 4096  # masked; as the peers' in the design notes
 
 # model -> experts, top k, d_model, d_ff of an expert. From the models' config
 # files.
@@ -121,10 +154,34 @@ def _random_moe_problems(count: int = 20):
     yield Problem("random", shape, zipf_sizes(tokens, experts, top_k), n, k)
 
 
+def _decode_problems():
+  """One decoding step: gate and up projection in one, then down."""
+  for model, tokens in (
+    ("deepseek-v3", 64),
+    ("deepseek-v3", 1),
+    ("mixtral-8x7b", 1),
+  ):
+    experts, top_k, d_model, d_ff = MODELS[model]
+    sizes = uniform_sizes(tokens, experts, top_k)
+    for name, n, k in (
+      ("gate/up", 2 * d_ff, d_model),
+      ("one of them", d_ff, d_model),
+      ("down", d_model, d_ff),
+    ):
+      yield Problem("models", f"{model} {name} {tokens}", sizes, n, k)
+
+
 def names(benchmark: str) -> list[str]:
   """Returns what --shapes may be."""
-  of_models = ["models", "random", "dense"] if benchmark == "m_grouped" else []
-  return [*_GROUPED[benchmark], *of_models]
+  of_models = {
+    "m_grouped": ["models", "random", "dense"],
+    "decode": ["models"],
+  }
+  return [*_GROUPED[benchmark], *of_models.get(benchmark, [])]
+
+
+def _max_m(mean: int) -> int:
+  return _MAX_M if 2 * mean <= _MAX_M else _MAX_M_LARGE
 
 
 def problems(benchmark: str, shapes, groups) -> list[Problem]:
@@ -135,7 +192,9 @@ def problems(benchmark: str, shapes, groups) -> list[Problem]:
   """
   result = []
   for name in shapes:
-    if name == "models":
+    if name == "models" and benchmark == "decode":
+      result += _decode_problems()
+    elif name == "models":
       result += _model_problems()
     elif name == "random":
       result += _random_moe_problems()
@@ -143,7 +202,14 @@ def problems(benchmark: str, shapes, groups) -> list[Problem]:
       result.append(Problem("dense", "8192, 8192, 8192", (8192,), 8192, 8192))
     else:
       result += [
-        Problem(sizes, f"{g}x{mean}, {n}, {k}", GROUPS[sizes](g, mean), n, k)
+        Problem(
+          sizes,
+          f"{g}x{mean}, {n}, {k}",
+          GROUPS[sizes](g, mean),
+          n,
+          k,
+          _max_m(mean) if benchmark == "masked" else 0,
+        )
         for sizes in groups
         for g, mean, n, k in _GROUPED[benchmark][name]
       ]

@@ -24,6 +24,12 @@ IMPLS = (
   "cublaslt_fp8",
   "cublaslt_fp8_block",
 )
+# benchmark -> what can run it
+IMPLS_OF = {
+  "m_grouped": IMPLS,
+  "masked": ("deepgemm",),
+  "decode": IMPLS[:4],
+}
 _E4M3_MAX = 448.0
 _FLUSH_BYTES = 2**28  # several times the L2 cache.
 # |row of out - row of the reference| / |row of the reference|, at most. The
@@ -110,6 +116,8 @@ def _expand(torch, values, scales, rows):
 
 def _deepgemm(torch, p: Problem):
   deep_gemm = importlib.import_module("deep_gemm")
+  if p.max_m:
+    return _deepgemm_masked(torch, deep_gemm, p)
   ops = _Operands(torch, p)
   sizes = ops.padded
   m = sum(sizes)
@@ -136,6 +144,37 @@ def _deepgemm(torch, p: Problem):
       lambda rows: _expand(torch, lhs[rows], lhs_scales[rows], 1),
       lambda i: _expand(torch, rhs[i], rhs_scales[i], 128),
     )
+
+  return call, check
+
+
+def _deepgemm_masked(torch, deep_gemm, p: Problem):
+  ops, g = _Operands(torch, p), len(p.sizes)
+  lhs, lhs_scales = ops.blocks(ops.normal(g, p.max_m, p.k), 1)
+  rhs, rhs_scales = ops.weights(lambda x: ops.blocks(x, 128))
+  sizes = torch.tensor(p.sizes, device="cuda", dtype=torch.int32)
+  expected_m = -(-sum(p.sizes) // g)
+  out = torch.empty(g, p.max_m, p.n, device="cuda", dtype=torch.bfloat16)
+  aligned = deep_gemm.get_mn_major_tma_aligned_tensor(lhs_scales)
+
+  def call():
+    deep_gemm.m_grouped_fp8_gemm_nt_masked(
+      (lhs, aligned), (rhs, rhs_scales), out, sizes, expected_m
+    )
+    return out
+
+  def check(out):
+    errors = [
+      _check(
+        torch,
+        out[i],
+        [size],
+        lambda rows, i=i: _expand(torch, lhs[i][rows], lhs_scales[i][rows], 1),
+        lambda _, i=i: _expand(torch, rhs[i], rhs_scales[i], 128),
+      )
+      for i, size in enumerate(p.sizes)
+    ]
+    return max(errors)
 
   return call, check
 

@@ -32,6 +32,32 @@ def test_run_writes_verified_rows(benchmark, tmp_path):
   )
 
 
+@pytest.mark.parametrize("benchmark", ["masked", "decode"])
+def test_what_moves_bytes_is_compared_with_reading(benchmark, tmp_path):
+  code, written = call(tmp_path, benchmark, "--peers", "ours_m_grouped")
+  assert code == 0
+  read, *others = written["rows"]
+  assert read["impl"] == "read" and read["verified"] and "tflops" not in read
+  assert [row["impl"] for row in others] == ["ours", "ours_m_grouped"]
+  (problem,) = shapes.problems(benchmark, ["smoke"], ["ragged"])
+  for row in others:
+    assert row["verified"]
+    assert row["gbps"] == pytest.approx(
+      problem.num_bytes / row["us"] / 1e3, abs=0.06
+    )
+    assert row["of_read"] == pytest.approx(
+      row["gbps"] / read["gbps"], abs=0.001
+    )
+  path = tmp_path / "result.json"
+  assert main(["plot", str(path)]) == 0
+
+
+def test_bytes_that_must_move():
+  problem = shapes.Problem("", "", (3, 0, 5), 256, 384)
+  weights = 256 * 384 + 4 * 2 * 3
+  assert problem.num_bytes == 2 * weights + 8 * (384 + 4 * 3 + 2 * 256)
+
+
 def test_peers_run_or_say_why_not(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
   code, written = call(
@@ -92,7 +118,7 @@ def test_tune_writes_a_table_and_all_times(tmp_path, capsys):
 
 
 def test_problems_are_named_once():
-  for benchmark in ("m_grouped", "k_grouped"):
+  for benchmark in ("m_grouped", "k_grouped", "masked", "decode"):
     problems = shapes.problems(
       benchmark, shapes.names(benchmark), ["aligned", "ragged"]
     )
@@ -117,3 +143,5 @@ def test_padding_does_not_count():
   (problem,) = shapes.problems("m_grouped", ["smoke"], ["ragged"])
   assert problem.flops == 2 * sum(problem.sizes) * problem.n * problem.k
   assert set(torch_peers.IMPLS) == set(torch_peers._RUN)
+  for impls in torch_peers.IMPLS_OF.values():
+    assert set(impls) <= set(torch_peers.IMPLS)

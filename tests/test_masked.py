@@ -31,12 +31,22 @@ CONFIGS = {
 }
 
 
+def options_of(name):
+  config = CONFIGS[name]
+  implementation = "interpret" if config else "xla"
+  return {"implementation": implementation, "config": config}
+
+
 @pytest.fixture(params=CONFIGS)
 def gemm_options(request):
   """XLA, and each kernel with few and small tiles to interpret."""
-  config = CONFIGS[request.param]
-  implementation = "interpret" if config else "xla"
-  return {"implementation": implementation, "config": config}
+  return options_of(request.param)
+
+
+@pytest.fixture(params=["xla", "small_groups"])
+def either_option(request):
+  """XLA, and the faster one to interpret."""
+  return options_of(request.param)
 
 
 def make(g, max_m, n, k):
@@ -89,10 +99,10 @@ def test_ragged(gemm_options, max_m, n, k, dtype, zero_padding):
   )
 
 
-def test_every_pattern_of_empty_groups(gemm_options):
+def test_every_pattern_of_empty_groups(either_option):
   operands = make(3, 8, 16, 16)
   for sizes in itertools.product([0, 3], repeat=3):
-    run(*operands, sizes, zero_padding=True, **gemm_options)
+    run(*operands, sizes, zero_padding=True, **either_option)
 
 
 def test_hostile_sizes(gemm_options):
@@ -104,7 +114,7 @@ def test_hostile_sizes(gemm_options):
 @pytest.mark.parametrize("kernel", ["m_grouped", "small_groups"])
 def test_nothing_else_is_written(kernel):
   """The interpreter fills out with NaN, and no product is NaN."""
-  options = {"implementation": "interpret", "config": CONFIGS[kernel]}
+  options = options_of(kernel)
   for max_m, sizes in ((24, [5, 0, BIG, 17]), (13, [13, 9, 1, -3])):
     out = run(*make(4, max_m, 80, 144), sizes, **options)
     written = ~np.isnan(out.astype(np.float32))
@@ -112,11 +122,11 @@ def test_nothing_else_is_written(kernel):
     np.testing.assert_array_equal(written, expected)
 
 
-def test_unused_rows_may_hold_anything(gemm_options):
+def test_unused_rows_may_hold_anything(either_option):
   max_m, sizes = 16, [3, 0, 16, 9]
   x = oracle.random_floats((4, max_m, 144))
   _, rhs = make(4, max_m, 32, 144)
-  options = {"zero_padding": True, **gemm_options}
+  options = {"zero_padding": True, **either_option}
   clean = run(quantize(x, (1, 1, 128)), rhs, sizes, **options)
   unused = ~in_use(sizes, max_m)
   x[unused] = np.nan
@@ -127,17 +137,17 @@ def test_unused_rows_may_hold_anything(gemm_options):
   np.testing.assert_array_equal(out, clean)
 
 
-def test_nan_stays_where_it_is(gemm_options):
+def test_nan_stays_where_it_is(either_option):
   x, weights = (oracle.random_floats((3, n, 144)) for n in (16, 32))
   x[0, 5, 130] = weights[2, 17, 3] = np.nan
   lhs, rhs = quantize(x, (1, 1, 128)), quantize(weights, (1, 128, 128))
-  out = run(lhs, rhs, [7, 16, 4], zero_padding=True, **gemm_options)
+  out = run(lhs, rhs, [7, 16, 4], zero_padding=True, **either_option)
   expected = np.zeros((3, 16, 32), bool)
   expected[0, 5] = expected[2, :4, 17] = True
   np.testing.assert_array_equal(np.isnan(out), expected)
 
 
-def test_operands_without_padding(gemm_options):
+def test_operands_without_padding(either_option):
   lhs, rhs = make(3, 13, 16, 144)
   unpadded = [
     ScaledArray(
@@ -145,18 +155,18 @@ def test_operands_without_padding(gemm_options):
     )
     for x in (lhs, rhs)
   ]
-  options = {"zero_padding": True, **gemm_options}
+  options = {"zero_padding": True, **either_option}
   np.testing.assert_array_equal(
     run(*unpadded, [4, 13, 7], **options), run(lhs, rhs, [4, 13, 7], **options)
   )
 
 
-def test_sizes_of_any_integers(gemm_options):
+def test_sizes_of_any_integers(either_option):
   operands, sizes = make(2, 16, 16, 16), [3, 16]
-  expected = run(*operands, sizes, zero_padding=True, **gemm_options)
+  expected = run(*operands, sizes, zero_padding=True, **either_option)
   for dtype in (jnp.int8, jnp.uint32):
     out = m_grouped_gemm_masked(
-      *operands, jnp.array(sizes, dtype), zero_padding=True, **gemm_options
+      *operands, jnp.array(sizes, dtype), zero_padding=True, **either_option
     )
     np.testing.assert_array_equal(out, expected)
 
@@ -184,20 +194,13 @@ def test_small_groups_of_the_contiguous_layout():
   """The same kernel serves m_grouped_gemm, if it is asked for."""
   lhs = quantize(oracle.random_floats((45, 144)), (1, 128))
   rhs = quantize(oracle.random_floats((6, 80, 144)), (1, 128, 128))
-  config = CONFIGS["small_groups"]
-  for sizes in ([3, 0, 8, 1, 1, 20], [BIG, 1, 0, 0, 0, 1], [0, -1, 0, 0, 9, 0]):
-    out = m_grouped_gemm(
-      lhs, rhs, jnp.array(sizes), config=config, implementation="interpret"
-    )
-    oracle.check_m_grouped(out, lhs, rhs, sizes)
+  options = options_of("small_groups")
+  sizes = [3, 0, 8, 1, 1, 20]
+  out = m_grouped_gemm(lhs, rhs, jnp.array(sizes), **options)
+  oracle.check_m_grouped(out, lhs, rhs, sizes)
   sizes, offset = [4, 9, 0, 9, 1, 2, 8], jnp.array([2])
   out = m_grouped_gemm(
-    lhs,
-    rhs,
-    jnp.array(sizes),
-    group_offset=offset,
-    config=config,
-    implementation="interpret",
+    lhs, rhs, jnp.array(sizes), group_offset=offset, **options
   )
   oracle.check_m_grouped(out, lhs, rhs, sizes, offset)
 

@@ -11,6 +11,8 @@ from jax_grouped_gemm.config import SMEM_BYTES, Config
 from jax_grouped_gemm.kernels import tuning
 from jax_grouped_gemm.kernels.k_grouped import k_grouped_gemm
 from jax_grouped_gemm.kernels.m_grouped import m_grouped_gemm
+from jax_grouped_gemm.kernels.small_groups import small_groups_gemm
+from jax_grouped_gemm.schedule import Masked
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +36,13 @@ M_GROUPED = (
     if entry.kernel == "m_grouped"
   }
 )
+SMALL_GROUPS = {
+  (tuning.small_groups_config(rows, n, 8, dtype, row_align=8), dtype)
+  for rows in (4, 8, 16, 64)
+  for n in (128, 2**14)
+  for dtype in DTYPES
+  if dtype == jnp.bfloat16 or rows == 64
+}
 # With the least n it is chosen for.
 K_GROUPED = {
   tuning.k_grouped_config(256, n, 1024, 4): n for n in reversed(WIDTHS)
@@ -79,6 +88,34 @@ def test_m_grouped_configs(compile_and_report, config, dtype):
       m_grouped_gemm, m=4096, n=n, out_dtype=dtype, config=config
     )
     compile_and_report(gemm, *m_grouped_args(4096, n, 2880, 4))
+
+
+@pytest.mark.parametrize("config, dtype", sorted(SMALL_GROUPS, key=str))
+def test_small_groups_configs(compile_and_report, config, dtype):
+  assert config.smem_bytes(dtype) <= SMEM_BYTES
+  gemm = functools.partial(
+    small_groups_gemm, m=4096, n=528, out_dtype=dtype, config=config
+  )
+  compile_and_report(gemm, *m_grouped_args(4096, 528, 2880, 64))
+
+
+@pytest.mark.parametrize(
+  "kernel, config",
+  [
+    (m_grouped_gemm, tuning.masked_config(192, 4096, 2880, 64, jnp.bfloat16)),
+    (small_groups_gemm, tuning.masked_config(20, 4096, 2880, 64, jnp.bfloat16)),
+  ],
+)
+def test_masked_kernels(compile_and_report, kernel, config):
+  gemm = functools.partial(
+    kernel,
+    m=4096,
+    n=4096,
+    out_dtype=jnp.bfloat16,
+    config=config,
+    masked=Masked(64, 60, True),
+  )
+  compile_and_report(gemm, *m_grouped_args(4096, 4096, 2880, 64))
 
 
 def compile_k_grouped(compile_and_report, m, n, g, config, acc):
