@@ -16,6 +16,7 @@ from jax_grouped_gemm import (
   m_grouped_gemm,
   quantize_for_k_grouped,
 )
+from jax_grouped_gemm.kernels import tuning
 
 # Largest |row of out - row of the reference| / |row of the reference|. bf16
 # peers also round the operands.
@@ -56,8 +57,11 @@ class MGrouped:
 
   def calls(self):
     """Returns {implementation: function that returns (function, operands)}."""
+    (m, k), (g, n, _) = self.lhs.shape, self.rhs.shape
+    config = tuning.m_grouped_config(m, n, k, g, jnp.bfloat16)
+    ours = functools.partial(m_grouped_gemm, config=config)
     return {
-      "ours": lambda: (m_grouped_gemm, (self.lhs, self.rhs, self.sizes)),
+      "ours": lambda: (ours, (self.lhs, self.rhs, self.sizes)),
       "lax_ragged_dot": self._lax_ragged_dot,
       "jax_ragged_dot_mgpu": self._ragged_dot_mgpu,
       "tokamax": self._tokamax,
@@ -144,7 +148,10 @@ class KGrouped:
 
   def calls(self):
     """Returns {implementation: function that returns (function, operands)}."""
-    return {"ours": lambda: (k_grouped_gemm, (self.lhs, self.rhs, self.sizes))}
+    (m, t), (n, _), g = self.lhs.shape, self.rhs.shape, self.sizes.size
+    config = tuning.k_grouped_config(m, n, t, g)
+    ours = functools.partial(k_grouped_gemm, config=config)
+    return {"ours": lambda: (ours, (self.lhs, self.rhs, self.sizes))}
 
   def expected(self):
     """Returns the result to compare with, in float32 arithmetic."""
@@ -187,11 +194,26 @@ def rows(
       continue
     yield {
       "impl": impl,
+      **_config(fn),
       "us": round(us, 2),
       "gbps": round(num_bytes / us / 1e3, 1),
       "max_row_error": error,
       "verified": error <= _max_row_error_of(impl),
     }
+
+
+def _config(fn) -> dict:
+  """Returns what a call of ours was launched with."""
+  config = getattr(fn, "keywords", {}).get("config")
+  if config is None:
+    return {}
+  stages = f"{config.num_stages} slots, lag {config.lag}"
+  shares = f"{config.cluster} share {config.multicast}"
+  return {
+    "config": f"{config.tile_m}x{config.tile_n}, {stages}, "
+    f"{shares if config.cluster > 1 else 'no cluster'}, "
+    f"raster {config.raster_width}"
+  }
 
 
 def device() -> str:

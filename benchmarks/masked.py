@@ -37,7 +37,9 @@ class Masked:
     large = tuning.m_grouped_config(self.mean * g, p.n, p.k, g, _DTYPE)
     small = tuning.small_groups_config(self.mean, p.n, g, _DTYPE, row_align=8)
     return {
-      "ours": lambda: self._call(None),
+      "ours": lambda: self._call(
+        tuning.masked_config(self.mean, p.n, p.k, g, _DTYPE)
+      ),
       "ours_m_grouped": lambda: self._call(large),
       "ours_small_groups": lambda: self._call(small),
     }

@@ -126,7 +126,7 @@ def _measure(benchmark, problem, impls, iterations, torch):
 
 
 def _line(row, reference, peak) -> str:
-  """shape | us | TFLOP/s | % of peak | GB/s (| % of read) | times ours."""
+  """shape | us | TFLOP/s | % of peak | GB/s (| % of read) | times ours | config."""
   head = f"{row['set']:8} {row['shape']:28} {row['impl']:24}"
   if "us" not in row:
     return f"{head} not run: {row['unavailable'][:80]}"
@@ -140,6 +140,7 @@ def _line(row, reference, peak) -> str:
     f"{100 * tflops / peak:5.1f} % {row.get('gbps', 0):7.1f} GB/s "
     f"{of_read}"
     f"{ratio:5.2f} x ours{'' if row['verified'] else ' WRONG'}"
+    f"{'  ' + row['config'] if 'config' in row else ''}"
   )
 
 
