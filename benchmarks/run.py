@@ -126,7 +126,7 @@ def _measure(benchmark, problem, impls, iterations, torch):
 
 
 def _line(row, reference, peak) -> str:
-  """shape | us | TFLOP/s | % of peak | GB/s (| % of read) | times ours | config."""
+  """shape | us | TFLOP/s | % of peak | GB/s (| % of read) | × ours | config."""
   head = f"{row['set']:8} {row['shape']:28} {row['impl']:24}"
   if "us" not in row:
     return f"{head} not run: {row['unavailable'][:80]}"
