@@ -158,8 +158,16 @@ def _stage(refs: _Refs, acc):
   if value.dtype.itemsize == 4:
     # Mosaic transposes 16 bits on their way to SMEM, others only in registers.
     value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
-  refs.out_smem.at[lax.axis_index("wg")].T[...] = value
+  _store_unoptimized(refs.out_smem.at[lax.axis_index("wg")].T, value)
   plgpu.commit_smem()
+
+
+def _store_unoptimized(ref: Ref, value):
+  """Stores in spite of bank conflicts, which cost little once a tile."""
+  if hasattr(plgpu, "store"):  # Since jax 0.12 it wants to be told.
+    plgpu.store(ref, value, optimized=False)
+  else:
+    ref[...] = value
 
 
 def _store_rows(refs: _Refs, config: SmallGroupsConfig, tile: Tile):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_grouped_gemm.config import Config, SmallGroupsConfig
-from jax_grouped_gemm.kernels._walk import MaskedWalk, Walk
+from jax_grouped_gemm.kernels._groups import MaskedWalk, Walk
 from jax_grouped_gemm.schedule import Masked
 
 N, GROUPS = 400, 7
