@@ -1,5 +1,6 @@
 """Grouped FP8 matrix multiplication for mixture-of-experts layers in JAX."""
 
+from jax_grouped_gemm import moe
 from jax_grouped_gemm.config import Config
 from jax_grouped_gemm.ops import (
   k_grouped_gemm,
@@ -16,6 +17,7 @@ __all__ = [
   "ScaledArray",
   "k_grouped_gemm",
   "m_grouped_gemm",
+  "moe",
   "quantize",
   "quantize_for_k_grouped",
   "ragged_dot",

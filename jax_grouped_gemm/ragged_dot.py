@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +26,8 @@ from jax_grouped_gemm.ops import (
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 _PRODUCTS = ("fp8", "bf16")
+# For the policies of jax.checkpoint: to keep the weights' quantised copy.
+QUANTIZED_WEIGHTS = "jax_grouped_gemm.quantized_weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +172,7 @@ def _ragged_dot(call: _Call, lhs, rhs, group_sizes, group_offset):
 def _ragged_dot_fwd(call: _Call, lhs, rhs, group_sizes, group_offset):
   needs_weights = _is_fp8(call, "forward") or _is_fp8(call, "dgrad")
   weights = _quantize_weights(call, rhs) if needs_weights else None
+  weights = _name_weights(weights)
   out = _forward(call, lhs, rhs, weights, group_sizes, group_offset)
   dgrad_rhs = weights if _is_fp8(call, "dgrad") else rhs
   wgrad_lhs = lhs
@@ -236,6 +240,24 @@ def _quantize_weights(call: _Call, rhs: Float[Array, "g k n"]) -> ScaledArray:
     rhs,
     (1, SCALE_BLOCK, SCALE_BLOCK),
     power_of_two_scales=call.recipe.power_of_two_scales,
+  )
+
+
+def _name_weights(weights: ScaledArray | None) -> ScaledArray | None:
+  """Lets policies of jax.checkpoint keep the weights, as bytes.
+
+  jax.checkpoint rounds floats that it keeps with lax.reduce_precision, which
+  takes e4m3fn for a type with Inf and damages what is above 240 (jax 0.11.2).
+  """
+  if weights is None:
+    return None
+  names = functools.partial(checkpoint_name, name=QUANTIZED_WEIGHTS)
+  kept = names(lax.bitcast_convert_type(weights.values, jnp.uint8))
+  return ScaledArray(
+    lax.bitcast_convert_type(kept, weights.dtype),
+    names(weights.scales),
+    weights.block_shape,
+    weights.padding,
   )
 
 
