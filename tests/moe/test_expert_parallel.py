@@ -3,11 +3,12 @@
 import functools
 import re
 
+import hopper
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_grouped_gemm import Recipe, moe, quantize
@@ -17,7 +18,7 @@ D, F, E, K = 32, 16, 16, 2
 T = 64  # of all devices
 BF16 = Recipe.bf16()
 RNG = np.random.default_rng(0)
-MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4), "1x8": (1, 8)}
+MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
 SPECS = moe.MoeParams(
   router=P(),
   gate_up=P("expert"),
@@ -130,6 +131,27 @@ def test_nan_stays_with_its_token():
   x = X.at[11, 3].set(jnp.nan)
   out = jax.jit(sharded((4, 2)))(PARAMS, x).out
   np.testing.assert_array_equal(np.isnan(out).any(axis=1), np.arange(T) == 11)
+
+
+def test_explicit_mesh():
+  """Arrays whose types tell how they are sharded."""
+  explicit = jax.make_mesh(
+    (4, 2), ("expert", "data"), axis_types=(AxisType.Explicit,) * 2
+  )
+  run = jax.shard_map(
+    functools.partial(layer, parallel=moe.ExpertParallel("expert", ("data",))),
+    mesh=explicit,
+    in_specs=(SPECS, TOKENS),
+    out_specs=OUT_SPECS,
+  )
+  with jax.set_mesh(explicit):
+    params, x = jax.tree.map(
+      lambda spec, x: jax.device_put(x, NamedSharding(explicit, spec)),
+      (SPECS, TOKENS),
+      (PARAMS, X),
+    )
+    out = jax.jit(run)(params, x).out
+  close(np.asarray(out), layer(PARAMS, X).out)
 
 
 # ---------------------------------------------------------------- capacity
@@ -245,18 +267,45 @@ def emulated_ragged_all_to_all(
   return output
 
 
-@pytest.mark.parametrize("capacity", [None, 20])
-def test_ragged_exchange_is_the_dense_one(capacity, monkeypatch):
-  dense_grads, dense = value_and_gradients(sharded((4, 2), capacity=capacity))(
+def test_ragged_exchange_is_the_dense_one(monkeypatch):
+  options = dict(capacity=20)  # Not all is sent.
+  dense_grads, dense = value_and_gradients(sharded((4, 2), **options))(
     PARAMS, X
   )
   monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
   grads, ragged = value_and_gradients(
-    sharded((4, 2), capacity=capacity, exchange="ragged")
+    sharded((4, 2), exchange="ragged", **options)
   )(PARAMS, X)
-  assert (ragged.dropped > 0) == (capacity is not None)
+  assert ragged.dropped > 0
   jax.tree.map(close, ragged, dense)
   jax.tree.map(close, grads, dense_grads)
+
+
+@pytest.mark.slow
+def test_ragged_exchange_compiles_for_four_gpus():
+  devices = np.array(hopper.devices(4)).reshape(2, 2)
+  gpus = Mesh(devices, ("expert", "data"))
+  parallel = moe.ExpertParallel("expert", ("data",), exchange="ragged")
+  run = jax.shard_map(
+    functools.partial(
+      layer, recipe=Recipe(), parallel=parallel, implementation="mosaic_gpu"
+    ),
+    mesh=gpus,
+    in_specs=(SPECS, TOKENS),
+    out_specs=OUT_SPECS,
+  )
+  specs = jax.tree.map(
+    lambda spec, x: jax.ShapeDtypeStruct(
+      x.shape, jnp.bfloat16, sharding=NamedSharding(gpus, spec)
+    ),
+    (SPECS, TOKENS),
+    (PARAMS, X),
+  )
+  loss = lambda params, x: run(params, x).out.astype(jnp.float32).sum()
+  traced = jax.jit(jax.grad(loss, (0, 1))).trace(*specs)
+  compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+  exchanges = re.findall(r"ragged-all-to-all(?:-start)?\(", compiled.as_text())
+  assert len(exchanges) == 4
 
 
 def test_ragged_exchange_lowers_for_gpus():
