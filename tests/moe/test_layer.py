@@ -10,7 +10,7 @@ import pytest
 
 from jax_grouped_gemm import Recipe, moe, quantize
 
-T, D, F, E, K = 24, 32, 48, 8, 2
+T, D, F, E, K = 24, 32, 48, 5, 2
 BF16 = Recipe.bf16()
 RNG = np.random.default_rng(0)
 equal = np.testing.assert_array_equal
@@ -149,10 +149,10 @@ def test_lowers_for_hopper_without_a_gpu():
 @pytest.mark.parametrize(
   "changes, top_k, error, message",
   [
-    (dict(router=PLAIN.router.T), K, ValueError, r"got \(8, 32\)"),
-    (dict(router=PLAIN.router[:, :4]), K, ValueError, "8 groups of rhs, got 4"),
-    ({}, 9, ValueError, "top_k must be from 1 to the 8 experts, got 9"),
-    (dict(down_bias=PLAIN.router), K, ValueError, r"must be \(8, 32\)"),
+    (dict(router=PLAIN.router.T), K, ValueError, r"got \(5, 32\)"),
+    (dict(router=PLAIN.router[:, :4]), K, ValueError, "5 groups of rhs, got 4"),
+    ({}, 9, ValueError, "top_k must be from 1 to the 5 experts, got 9"),
+    (dict(down_bias=PLAIN.router), K, ValueError, r"must be \(5, 32\)"),
   ],
 )
 def test_errors(changes, top_k, error, message):
