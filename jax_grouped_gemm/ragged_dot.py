@@ -171,10 +171,15 @@ def _ragged_dot(call: _Call, lhs, rhs, group_sizes, group_offset):
 
 def _ragged_dot_fwd(call: _Call, lhs, rhs, group_sizes, group_offset):
   needs_weights = _is_fp8(call, "forward") or _is_fp8(call, "dgrad")
-  weights = _quantize_weights(call, rhs) if needs_weights else None
-  weights = _name_weights(weights)
+  weights = kept_weights = None
+  if needs_weights:
+    # As bytes: policies of jax.checkpoint round what they keep as IEEE types,
+    # which damages float8_e4m3fn above 240 (jax 0.11.2).
+    kept_weights = _bitcast(_quantize_weights(call, rhs), jnp.uint8)
+    kept_weights = checkpoint_name(kept_weights, QUANTIZED_WEIGHTS)
+    weights = _bitcast(kept_weights, jnp.float8_e4m3fn)
   out = _forward(call, lhs, rhs, weights, group_sizes, group_offset)
-  dgrad_rhs = weights if _is_fp8(call, "dgrad") else rhs
+  dgrad_rhs = kept_weights if _is_fp8(call, "dgrad") else rhs
   wgrad_lhs = lhs
   if _is_fp8(call, "wgrad"):
     # From the values themselves: forward's copy has its blocks the other way.
@@ -199,7 +204,7 @@ def _ragged_dot_bwd(call: _Call, residuals, dout):
     dlhs = _m_grouped(
       call,
       dout,
-      rhs,
+      _bitcast(rhs, jnp.float8_e4m3fn),
       group_sizes,
       group_offset,
       value_dtype=recipe.gradient_dtype,
@@ -243,22 +248,9 @@ def _quantize_weights(call: _Call, rhs: Float[Array, "g k n"]) -> ScaledArray:
   )
 
 
-def _name_weights(weights: ScaledArray | None) -> ScaledArray | None:
-  """Lets policies of jax.checkpoint keep the weights, as bytes.
-
-  jax.checkpoint rounds floats that it keeps with lax.reduce_precision, which
-  takes e4m3fn for a type with Inf and damages what is above 240 (jax 0.11.2).
-  """
-  if weights is None:
-    return None
-  names = functools.partial(checkpoint_name, name=QUANTIZED_WEIGHTS)
-  kept = names(lax.bitcast_convert_type(weights.values, jnp.uint8))
-  return ScaledArray(
-    lax.bitcast_convert_type(kept, weights.dtype),
-    names(weights.scales),
-    weights.block_shape,
-    weights.padding,
-  )
+def _bitcast(x: ScaledArray, dtype: DTypeLike) -> ScaledArray:
+  values = lax.bitcast_convert_type(x.values, dtype)
+  return ScaledArray(values, x.scales, x.block_shape, x.padding)
 
 
 def _forward(call: _Call, lhs, rhs, weights, group_sizes, group_offset):

@@ -1,12 +1,13 @@
 """A transformer's feed-forward layer of experts, from router to result."""
 
+from jax_grouped_gemm.moe.bias import add_bias
 from jax_grouped_gemm.moe.checkpoint import (
   load_block_scaled,
   load_experts,
   read_safetensors,
 )
 from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
-from jax_grouped_gemm.moe.grouped_mlp import activate, add_bias, grouped_mlp
+from jax_grouped_gemm.moe.grouped_mlp import activate, grouped_mlp
 from jax_grouped_gemm.moe.layer import MoeOutput, MoeParams, moe_layer
 from jax_grouped_gemm.moe.permutation import Permutation, combine, dispatch
 from jax_grouped_gemm.moe.routing import (
