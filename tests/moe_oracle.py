@@ -45,7 +45,8 @@ def weights(
     scores = scores / scores.sum(axis=1, keepdims=True)
   else:
     scores = 1 / (1 + jnp.exp(-logits))
-  choice = scores + bias
+  # The same bits below on both sides of the comparison.
+  choice = jax.lax.optimization_barrier(jax.lax.stop_gradient(scores + bias))
   threshold = jnp.sort(choice, axis=1)[:, -top_k][:, None]
   chosen = jnp.where(choice >= threshold, scores, 0)
   if normalize:

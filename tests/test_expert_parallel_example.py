@@ -56,12 +56,6 @@ def test_one_process_and_two_do_the_same():
     assert got == pytest.approx(want, rel=1e-2)
 
 
-def test_capacity_drops():
-  _, rows = finish(start("--simulate=4", "--capacity-factor=0.5", "--steps=1"))
-  # Half of the copies, and a few where devices have less than half.
-  assert 256 <= rows[0][2] <= 260
-
-
 def test_bad_mesh_gives_one_line():
   process = start("--simulate=3")
   _, stderr = process.communicate(timeout=60)

@@ -35,10 +35,10 @@ class ExpertParallel:
     axis_name: mesh axis that the experts are split over.
     data_axes: the other mesh axes that the tokens are split over.
     capacity: rows that a device takes in. None: as many as there can be,
-      n * tokens * min(top_k, e/n), so that nothing is dropped; memory grows
-      with it, arithmetic does not. Where more come, all senders and experts
-      give way in proportion, later tokens first; what is dropped is counted and
-      adds zero to its token's result.
+      n * tokens * min(top_k, e/n), so that nothing is dropped; memory and the
+      passes between the GEMMs grow with it, the GEMMs do not. Where more come,
+      all senders and experts give way in proportion, later tokens first; what
+      is dropped is counted and adds zero to its token's result.
     exchange: "ragged": jax.lax.ragged_all_to_all; "dense": jax.lax.all_to_all
       of buffers that hold the most that two devices can exchange. None:
       "dense" on CPUs, whose XLA has no other, else "ragged".

@@ -126,7 +126,7 @@ def test_serving():
     down=quantize(PARAMS.down.mT, (1, 128, 128)),
   )
   result = jax.jit(sharded((8, 1)))(params, X)
-  close(result.out, layer(params, X).out)
+  close(result.out, jax.jit(layer)(params, X).out)
 
 
 def test_nan_stays_with_its_token():
@@ -153,7 +153,7 @@ def test_explicit_mesh():
       (PARAMS, X),
     )
     out = jax.jit(run)(params, x).out
-  close(np.asarray(out), layer(PARAMS, X).out)
+  close(np.asarray(out), jax.jit(layer)(PARAMS, X).out)
 
 
 # ---------------------------------------------------------------- capacity
