@@ -387,20 +387,21 @@ def plot(source: Path, target: Path) -> int:
   from matplotlib import pyplot as plt
 
   result = json.loads(source.read_text())
-  rows = [row for row in result["rows"] if "us" in row]
+  rows = [row for row in result["rows"] if "stages" in row]
   figure, axes = plt.subplots(
     figsize=(9, 1.5 + 0.3 * len(rows)), layout="constrained"
   )
   labels = [f"{row['set']} {row['shape']} {row['impl']}" for row in rows]
   left = [0.0] * len(rows)
   for i, stage in enumerate(STAGES):
-    widths = [row.get("stages", {}).get(stage, 0) / row["us"] for row in rows]
+    widths = [row["stages"].get(stage, 0) / row["us"] for row in rows]
     axes.barh(labels, widths, left=left, color=f"C{i}", label=stage)
     left = [a + b for a, b in zip(left, widths, strict=True)]
   for i, row in enumerate(rows):
     axes.text(max(left[i], 1), i, f" {row['us']:.0f} us", va="center")
   axes.axvline(1, color="black", linewidth=0.8)
   axes.invert_yaxis()
+  axes.margins(x=0.15)
   axes.set_xlabel(
     "time of each stage alone / time of the whole layer; "
     f"{result['device']}, {result['date']}"
