@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
 from jax_grouped_gemm.moe.grouped_mlp import Activation, Weights, grouped_mlp
 from jax_grouped_gemm.moe.permutation import combine, dispatch
-from jax_grouped_gemm.moe.routing import Routing, route_top_k
+from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
 from jax_grouped_gemm.ragged_dot import Recipe
 
 
@@ -60,7 +60,7 @@ def moe_layer(
   params: MoeParams,
   top_k: int,
   *,
-  score: str = "softmax",
+  score: Score = "softmax",
   normalize: bool = True,
   scale: float = 1.0,
   num_expert_groups: int = 1,

@@ -1,6 +1,6 @@
 """Which experts a token goes to, and with what weights."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jax_grouped_gemm.manual_axes import vary_alike
 
-_SCORES = ("softmax", "sigmoid")
+Score = Literal["softmax", "sigmoid"]
+_SCORES = get_args(Score)
 _BEST_OF_GROUP = 2  # experts whose scores make a group's, as in DeepSeek-V3.
 
 
@@ -33,7 +34,7 @@ def route_top_k(
   logits: Float[Array, "t e"],
   top_k: int,
   *,
-  score: Literal["softmax", "sigmoid"] = "softmax",
+  score: Score = "softmax",
   normalize: bool = True,
   scale: float = 1.0,
   expert_bias: Float[Array, "e"] | None = None,
