@@ -1,6 +1,7 @@
 """Times the grouped GEMMs and their peers on the device at hand.
 
 python -m benchmarks run m_grouped --shapes deepgemm --groups ragged --peers all
+python -m benchmarks run moe_layer --shapes forward decode --peers all
 python -m benchmarks tune --shapes models --table mine.json
 python -m benchmarks plot benchmarks/results/m_grouped-h200.json
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 # Before jax starts: the peers' process needs memory too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import shapes, torch_peers
+from benchmarks import moe_layer, shapes, torch_peers
 from benchmarks.plot import plot
 from benchmarks.run import run
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   commands = parser.add_subparsers(required=True, dest="do")
   command = commands.add_parser("run", help="check, time and write a JSON")
-  command.add_argument("benchmark", choices=_BENCHMARKS)
+  command.add_argument("benchmark", choices=(*_BENCHMARKS, "moe_layer"))
   command.add_argument("--shapes", nargs="+", default=["deepgemm"])
   command.add_argument(
     "--groups", nargs="+", choices=shapes.GROUPS, default=["ragged"]
@@ -67,7 +68,11 @@ def main(argv: list[str] | None = None) -> int:
   command.add_argument("--png", type=Path, help="default: beside the JSON")
   args = parser.parse_args(argv)
   if args.do == "plot":
-    return plot(args.json, args.png or args.json.with_suffix(".png"))
+    is_layer = args.json.name.startswith("moe_layer")
+    draw = moe_layer.plot if is_layer else plot
+    return draw(args.json, args.png or args.json.with_suffix(".png"))
+  if args.do == "run" and args.benchmark == "moe_layer":
+    return moe_layer.main(args, argv)
   if args.do == "tune":
     args.benchmark = "m_grouped"
   unknown = set(args.shapes) - set(shapes.names(args.benchmark))

@@ -1,7 +1,7 @@
 """Trains a small mixture-of-experts language model, byte by byte, in FP8.
 
 A decoder-only transformer whose feed-forward layers send every token to 2 of
-several SwiGLU experts; their matrix products are `jax_grouped_gemm.ragged_dot`.
+several SwiGLU experts: `jax_grouped_gemm.moe.moe_layer`.
 
   python examples/moe_lm.py                               # 2 CPU cores, minutes
   python examples/moe_lm.py --preset gpu --recipe both    # one H100 or H200
@@ -26,7 +26,8 @@ import optax
 from jax import lax
 from tqdm import tqdm
 
-from jax_grouped_gemm import Recipe, ragged_dot
+from jax_grouped_gemm import Recipe
+from jax_grouped_gemm.moe import MoeParams, moe_layer
 
 RECIPES = {"fp8": Recipe(), "bf16": Recipe.bf16()}
 VOCABULARY = 256  # Bytes.
@@ -110,39 +111,11 @@ def rope(x: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-@jax.custom_vjp
-def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-  """x[order]; knows that its gradient is no scatter but g[inverse]."""
-  return x[order]
-
-
-permute.defvjp(
-  lambda x, order, inverse: (x[order], inverse),
-  lambda inverse, g: (g[inverse], None, None),
-)
-
-
 def moe(x: jax.Array, layer: dict, s: Settings):
   """x (tokens, d_model) -> (same shape, load-balancing loss)."""
-  logits = jnp.dot(x, layer["router"], preferred_element_type=jnp.float32)
-  probabilities = jax.nn.softmax(logits)
-  weights, experts = lax.top_k(probabilities, s.top_k)
-  weights = weights / weights.sum(axis=-1, keepdims=True)
-
-  # top_k copies of each token, sorted by expert: group i is what expert i sees.
-  order = jnp.argsort(experts.reshape(-1))
-  inverse = jnp.argsort(order)
-  group_sizes = jnp.bincount(experts.reshape(-1), length=s.experts)
-  copies = permute(jnp.repeat(x, s.top_k, axis=0), order, inverse)
-
-  dot = functools.partial(ragged_dot, recipe=RECIPES[s.recipe])
-  gate_up = dot(copies, layer["gate_up"], group_sizes)
-  gate, up = jnp.split(gate_up, 2, axis=-1)
-  out = dot(jax.nn.silu(gate) * up, layer["down"], group_sizes)
-  out = permute(out, inverse, order).reshape(-1, s.top_k, s.d_model)
-  out = jnp.einsum("tkd,tk->td", out, weights.astype(out.dtype))
-  load = group_sizes / copies.shape[0]
-  return out, s.experts * jnp.sum(load * probabilities.mean(axis=0))
+  experts = MoeParams(layer["router"], layer["gate_up"], layer["down"])
+  result = moe_layer(x, experts, s.top_k, recipe=RECIPES[s.recipe])
+  return result.out, result.load_balancing_loss
 
 
 def forward(params: dict, tokens: jax.Array, s: Settings):

@@ -1,5 +1,6 @@
 """Grouped FP8 matrix multiplication for mixture-of-experts layers in JAX."""
 
+from jax_grouped_gemm import moe
 from jax_grouped_gemm.config import Config, SmallGroupsConfig
 from jax_grouped_gemm.masked import m_grouped_gemm_masked
 from jax_grouped_gemm.ops import (
@@ -19,6 +20,7 @@ __all__ = [
   "k_grouped_gemm",
   "m_grouped_gemm",
   "m_grouped_gemm_masked",
+  "moe",
   "quantize",
   "quantize_for_k_grouped",
   "ragged_dot",

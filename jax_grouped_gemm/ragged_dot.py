@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -25,6 +26,8 @@ from jax_grouped_gemm.ops import (
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 _PRODUCTS = ("fp8", "bf16")
+# For the policies of jax.checkpoint: to keep the weights' quantised copy.
+QUANTIZED_WEIGHTS = "jax_grouped_gemm.quantized_weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +171,15 @@ def _ragged_dot(call: _Call, lhs, rhs, group_sizes, group_offset):
 
 def _ragged_dot_fwd(call: _Call, lhs, rhs, group_sizes, group_offset):
   needs_weights = _is_fp8(call, "forward") or _is_fp8(call, "dgrad")
-  weights = _quantize_weights(call, rhs) if needs_weights else None
+  weights = kept_weights = None
+  if needs_weights:
+    # As bytes: policies of jax.checkpoint round what they keep as IEEE types,
+    # which damages float8_e4m3fn above 240 (jax 0.11.2).
+    kept_weights = _bitcast(_quantize_weights(call, rhs), jnp.uint8)
+    kept_weights = checkpoint_name(kept_weights, QUANTIZED_WEIGHTS)
+    weights = _bitcast(kept_weights, jnp.float8_e4m3fn)
   out = _forward(call, lhs, rhs, weights, group_sizes, group_offset)
-  dgrad_rhs = weights if _is_fp8(call, "dgrad") else rhs
+  dgrad_rhs = kept_weights if _is_fp8(call, "dgrad") else rhs
   wgrad_lhs = lhs
   if _is_fp8(call, "wgrad"):
     # From the values themselves: forward's copy has its blocks the other way.
@@ -195,7 +204,7 @@ def _ragged_dot_bwd(call: _Call, residuals, dout):
     dlhs = _m_grouped(
       call,
       dout,
-      rhs,
+      _bitcast(rhs, jnp.float8_e4m3fn),
       group_sizes,
       group_offset,
       value_dtype=recipe.gradient_dtype,
@@ -237,6 +246,11 @@ def _quantize_weights(call: _Call, rhs: Float[Array, "g k n"]) -> ScaledArray:
     (1, SCALE_BLOCK, SCALE_BLOCK),
     power_of_two_scales=call.recipe.power_of_two_scales,
   )
+
+
+def _bitcast(x: ScaledArray, dtype: DTypeLike) -> ScaledArray:
+  values = lax.bitcast_convert_type(x.values, dtype)
+  return ScaledArray(values, x.scales, x.block_shape, x.padding)
 
 
 def _forward(call: _Call, lhs, rhs, weights, group_sizes, group_offset):

@@ -13,7 +13,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 2)  # for jax.shard_map
+jax.config.update("jax_num_cpu_devices", 8)  # for jax.shard_map
 
 hypothesis.settings.register_profile(
   "jax",

@@ -27,11 +27,16 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 @functools.cache
+def devices(count: int):
+  """Returns the devices of a host with `count` H100s."""
+  return topologies.get_topology_desc(
+    "", platform="cuda", topology=f"1x1x{count}", target_config=_H100
+  ).devices
+
+
+@functools.cache
 def _sharding():
-  topology = topologies.get_topology_desc(
-    "", platform="cuda", topology="1x1x1", target_config=_H100
-  )
-  mesh = Mesh(np.array(topology.devices).reshape(1), ("x",))
+  mesh = Mesh(np.array(devices(1)).reshape(1), ("x",))
   return NamedSharding(mesh, PartitionSpec())
 
 

@@ -1,0 +1,412 @@
+"""Times whole MoE layers, their stages, and the same layers of peers.
+
+The sets are "forward" (weights already in FP8, as in serving), "decode" (the
+same, few tokens) and "forward_backward" (float weights; gradients of tokens and
+of all weights). Tokens are normal random numbers, routed by a random router.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from tqdm import tqdm
+
+from benchmarks.run import RESULTS, short_name, versions, write
+from benchmarks.shapes import MODELS
+from benchmarks.timing import measure_us
+from jax_grouped_gemm import Recipe, m_grouped_gemm, moe, quantize, ragged_dot
+
+IMPLS = ("ours", "ours_bf16", "lax_ragged_dot")
+STAGES = (
+  "route",
+  "dispatch",
+  "quantize rows",
+  "gate/up",
+  "activation",
+  "quantize hidden",
+  "down",
+  "combine",
+)
+_GEMMS = ("gate/up", "down")
+_CHECKED_TOKENS = 16
+# Largest |row - row of the reference| / |row of the reference|. As in
+# tests/test_gpu.py, a product of two FP8 factors is off by at most 2^-3 of
+# itself, one of bf16 factors by 2^-7, and random signs make less of a sum of
+# them; but there are two products one after the other.
+_MAX_ROW_ERROR = {"ours": 2**-2, "ours_bf16": 2**-6, "lax_ragged_dot": 2**-6}
+# It multiplies all rows by all groups: seconds a call.
+_DENSE_ITERATIONS = 3
+
+# What differs between the models, beside their sizes (benchmarks/shapes.py).
+_OPTIONS = {
+  "deepseek-v3": dict(
+    score="sigmoid", scale=2.5, num_expert_groups=8, top_expert_groups=4
+  ),
+  "gpt-oss-120b": dict(activation="swiglu_clamped"),
+}
+_SIZES = {**MODELS, "smoke": (4, 2, 256, 128)}
+_LAYERS = ("mixtral-8x7b", "deepseek-v3", "qwen3-235b-a22b", "gpt-oss-120b")
+
+
+class Problem(NamedTuple):
+  """A layer and how many tokens it gets."""
+
+  set: str
+  model: str
+  tokens: int
+
+  @property
+  def shape(self) -> str:
+    """The problem's label."""
+    return f"{self.model} {self.tokens}"
+
+  @property
+  def sizes(self) -> tuple[int, int, int, int]:
+    """experts, top_k, d_model, d_ff."""
+    return _SIZES[self.model]
+
+  @property
+  def has_backward(self) -> bool:
+    """Whether gradients are computed too."""
+    return self.set.endswith("forward_backward")
+
+  @property
+  def flops(self) -> int:
+    """Of the products of the experts."""
+    _, top_k, d, f = self.sizes
+    return (3 if self.has_backward else 1) * 6 * self.tokens * top_k * d * f
+
+
+SETS = {
+  "forward": [Problem("forward", model, 16384) for model in _LAYERS],
+  "forward_backward": [
+    Problem("forward_backward", model, 16384) for model in _LAYERS
+  ],
+  "decode": [
+    Problem("decode", model, tokens)
+    for model in _LAYERS
+    for tokens in (16, 64, 256)
+  ],
+  "smoke": [
+    Problem("smoke forward", "smoke", 48),
+    Problem("smoke forward_backward", "smoke", 48),
+  ],
+}
+
+# ---------------------------------------------------------------- operands
+
+
+def _make(problem: Problem):
+  """Returns (x, gradient of the result, float parameters)."""
+  e, _, d, f = problem.sizes
+  keys = jax.random.split(jax.random.key(0), 8)
+
+  @functools.partial(jax.jit, static_argnums=(1, 2))
+  def normal(key, shape, scale):
+    return scale * jax.random.normal(key, shape, jnp.bfloat16)
+
+  params = moe.MoeParams(
+    router=normal(keys[0], (d, e), d**-0.5),
+    gate_up=normal(keys[1], (e, d, 2 * f), d**-0.5),
+    down=normal(keys[2], (e, f, d), f**-0.5),
+  )
+  if problem.model == "deepseek-v3":
+    params = params._replace(expert_bias=normal(keys[3], (e,), 0.01))
+  if problem.model == "gpt-oss-120b":
+    params = params._replace(
+      router_bias=normal(keys[4], (e,), 0.1),
+      gate_up_bias=normal(keys[5], (e, 2 * f), 0.1),
+      down_bias=normal(keys[6], (e, d), 0.1),
+    )
+  shape = problem.tokens, d
+  return normal(keys[7], shape, 1.0), normal(keys[3], shape, 1.0), params
+
+
+@jax.jit
+def _quantized(params):
+  """One expert at a time: all of them in float32 do not fit."""
+  scaled = lambda w: lax.map(lambda w: quantize(w.T, (128, 128)), w)
+  return params._replace(
+    gate_up=scaled(params.gate_up), down=scaled(params.down)
+  )
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _options(problem: Problem):
+  """Returns the options of moe_layer: (of the router, others)."""
+  options = dict(_OPTIONS.get(problem.model, {}))
+  activation = options.pop("activation", "swiglu")
+  return {"top_k": problem.sizes[1], **options}, dict(activation=activation)
+
+
+def _ours(problem: Problem, recipe: Recipe):
+  routing, others = _options(problem)
+  return lambda x, params: (
+    moe.moe_layer(x, params, recipe=recipe, **routing, **others).out
+  )
+
+
+def _lax(problem: Problem):
+  """The layer as one writes it around jax.lax.ragged_dot."""
+  routing, others = _options(problem)
+  top_k = routing["top_k"]
+
+  def layer(x, params):
+    route = _route(x, params, routing)
+    order = jnp.argsort(route.experts.reshape(-1))
+    sizes = jnp.bincount(
+      route.experts.reshape(-1), length=params.router.shape[1]
+    )
+    copies = x[order // top_k]
+    expert = route.experts.reshape(-1)[order]
+    hidden = lax.ragged_dot(copies, params.gate_up, sizes)
+    if params.gate_up_bias is not None:
+      hidden = hidden + params.gate_up_bias[expert]
+    hidden = moe.activate(hidden, **others)
+    out = lax.ragged_dot(hidden, params.down, sizes)
+    if params.down_bias is not None:
+      out = out + params.down_bias[expert]
+    weights = route.weights.reshape(-1)[order][:, None]
+    weighted = out.astype(jnp.float32) * weights
+    summed = jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(weighted)
+    return summed.astype(x.dtype)
+
+  return layer
+
+
+def _route(x, params, routing) -> moe.Routing:
+  logits = jnp.dot(x, params.router, preferred_element_type=jnp.float32)
+  if params.router_bias is not None:
+    logits = logits + params.router_bias
+  return moe.route_top_k(logits, expert_bias=params.expert_bias, **routing)
+
+
+def _layer(problem: Problem, impl: str):
+  if impl == "lax_ragged_dot":
+    return _lax(problem)
+  return _ours(problem, Recipe() if impl == "ours" else Recipe.bf16())
+
+
+def _function(problem: Problem, impl: str):
+  """Returns fn(x, dout, params), of the result and, if asked, the gradients."""
+  layer = _layer(problem, impl)
+  if not problem.has_backward:
+    return lambda x, dout, params: (layer(x, params),)
+
+  def run(x, dout, params):
+    out, vjp = jax.vjp(layer, x, params)
+    return out, *vjp(dout)
+
+  return run
+
+
+def _expected(problem: Problem, x, dout, params):
+  """(result, gradient of x) of a few tokens, one expert at a time, in f32."""
+  routing, others = _options(problem)
+
+  def mlp(x, e):
+    biases = [
+      0.0 if b is None else b[e].astype(jnp.float32)
+      for b in (params.gate_up_bias, params.down_bias)
+    ]
+    hidden = x @ params.gate_up[e].astype(jnp.float32) + biases[0]
+    hidden = moe.activate(hidden[None], **others)[0]
+    return hidden @ params.down[e].astype(jnp.float32) + biases[1]
+
+  def token(x):
+    # Routed in bf16 as the layers do, or near ties would go elsewhere.
+    route = _route(x.astype(jnp.bfloat16)[None], params, routing)
+    results = [mlp(x, e) for e in route.experts[0]]
+    return jnp.sum(jnp.stack(results) * route.weights[0][:, None], axis=0)
+
+  def both(args):
+    x, dout = args
+    out, vjp = jax.vjp(token, x.astype(jnp.float32))
+    return out, vjp(dout.astype(jnp.float32))[0]
+
+  with jax.default_matmul_precision("highest"):
+    return jax.jit(lambda *args: lax.map(both, args))(x, dout)
+
+
+# ---------------------------------------------------------------- stages
+
+
+def _stages(problem: Problem, impl: str, x, params, iterations: int):
+  """Returns {stage: us} of the forward pass, each stage timed on its own."""
+  routing, others = _options(problem)
+  is_fp8 = impl == "ours"
+  times = {}
+
+  def timed(name, fn, *args):
+    times[name] = round(measure_us(fn, *args, iterations=iterations), 2)
+    return jax.jit(fn)(*args)
+
+  route = timed("route", lambda x, p: _route(x, p, routing), x, params)
+  dispatch = lambda x, experts: moe.dispatch(x, experts, params.router.shape[1])
+  rows, permutation = timed("dispatch", dispatch, x, route.experts)
+  sizes = permutation.group_sizes
+
+  def product(quantize_name, name, rows, weights):
+    if not is_fp8:
+      dot = functools.partial(ragged_dot, recipe=Recipe.bf16())
+      return timed(name, dot, rows, weights, sizes)
+    rows = timed(quantize_name, lambda x: quantize(x, (1, 128)), rows)
+    return timed(name, m_grouped_gemm, rows, weights, sizes)
+
+  hidden = product("quantize rows", "gate/up", rows, params.gate_up)
+
+  def activate(hidden, bias, sizes):
+    return moe.activate(moe.add_bias(hidden, bias, sizes), **others)
+
+  hidden = timed("activation", activate, hidden, params.gate_up_bias, sizes)
+  out = product("quantize hidden", "down", hidden, params.down)
+
+  def combine(out, bias, route, permutation):
+    out = moe.add_bias(out, bias, permutation.group_sizes)
+    return moe.combine(out, route.weights, permutation)
+
+  timed("combine", combine, out, params.down_bias, route, permutation)
+  return times
+
+
+# ---------------------------------------------------------------- the run
+
+
+def _row_error(got, expected) -> float:
+  error = jnp.linalg.norm(got.astype(jnp.float32) - expected, axis=-1)
+  return float(jnp.max(error / jnp.linalg.norm(expected, axis=-1)))
+
+
+def _measure(problem: Problem, impl: str, iterations: int) -> dict:
+  x, dout, params = _make(problem)
+  step = max(1, problem.tokens // _CHECKED_TOKENS)
+  expected = _expected(problem, x[::step], dout[::step], params)
+  is_served = impl == "ours" and not problem.has_backward
+  if is_served:
+    params = _quantized(params)
+  if impl == "lax_ragged_dot":
+    iterations = min(iterations, _DENSE_ITERATIONS)
+  fn = _function(problem, impl)
+  compiled = jax.jit(fn).lower(x, dout, params).compile()
+  results = compiled(x, dout, params)
+  errors = [
+    _row_error(got[::step], want)
+    for got, want in zip(results[:2], expected, strict=False)
+  ]
+  del results
+  us = measure_us(fn, x, dout, params, iterations=iterations)
+  memory = compiled.memory_analysis()
+  row = {
+    "us": round(us, 2),
+    "tflops": round(problem.flops / us / 1e6, 1),
+    "max_row_error": max(errors),
+    "verified": max(errors) <= _MAX_ROW_ERROR[impl],
+    "peak_bytes": memory.temp_size_in_bytes
+    + memory.argument_size_in_bytes
+    + memory.output_size_in_bytes,
+  }
+  if not problem.has_backward and impl != "lax_ragged_dot":
+    row["stages"] = _stages(problem, impl, x, params, iterations)
+    in_gemms = sum(row["stages"][name] for name in _GEMMS)
+    row["gemm_share"] = round(in_gemms / us, 3)
+  return row
+
+
+def main(args, argv) -> int:
+  """Times what the command line names; 1 if a result is wrong."""
+  args.argv = argv
+  if args.shapes == ["deepgemm"]:  # The default, of the GEMMs.
+    args.shapes = ["forward", "forward_backward", "decode"]
+  if args.peers == ["all"]:
+    args.peers = [impl for impl in IMPLS if impl != "ours"]
+  for flag, names, known in (
+    ("--shapes", args.shapes, SETS),
+    ("--peers", args.peers, IMPLS[1:]),
+  ):
+    if unknown := set(names) - set(known):
+      raise SystemExit(f"{flag} must be of {[*known]}, got {sorted(unknown)}")
+  return _run(args)
+
+
+def _run(args) -> int:
+  problems = [
+    problem
+    for name in args.shapes
+    for problem in SETS[name]
+    if args.only in problem.shape
+  ]
+  device, rows = jax.devices()[0].device_kind, []
+  print(f"{device}, {versions()}; normal random tokens, random router")
+  path = args.json or RESULTS / f"moe_layer-{short_name(device)}.json"
+  for problem in tqdm(problems, desc="moe_layer", disable=None):
+    e, top_k, d, f = problem.sizes
+    for impl in ("ours", *args.peers):
+      row = {
+        "set": problem.set,
+        "shape": problem.shape,
+        "impl": impl,
+        **dict(g=e, m=problem.tokens * top_k, n=f, k=d),
+      }
+      try:
+        row |= _measure(problem, impl, args.iterations)
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+          raise
+        row["unavailable"] = "out of memory"
+      tqdm.write(_line(row))
+      rows.append(row)
+      # After each: a run that is cut off leaves what it measured.
+      write(path, "moe_layer", device, rows, args)
+  print(f"{len(rows)} rows: {path}")
+  return 0 if all(row.get("verified", True) for row in rows) else 1
+
+
+def _line(row) -> str:
+  head = f"{row['set']:16} {row['shape']:24} {row['impl']:14}"
+  if "us" not in row:
+    return f"{head} not run: {row['unavailable']}"
+  stages = row.get("stages", {})
+  shown = ", ".join(f"{name} {us:.0f}" for name, us in stages.items())
+  return (
+    f"{head} {row['us']:10.1f} us {row['tflops']:7.1f} TFLOP/s"
+    f"{'' if row['verified'] else ' WRONG'} {shown}"
+  )
+
+
+def plot(source: Path, target: Path) -> int:
+  """Draws the times of the stages as stacked bars; returns 0."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  result = json.loads(source.read_text())
+  rows = [row for row in result["rows"] if "stages" in row]
+  figure, axes = plt.subplots(
+    figsize=(9, 1.5 + 0.3 * len(rows)), layout="constrained"
+  )
+  labels = [f"{row['set']} {row['shape']} {row['impl']}" for row in rows]
+  left = [0.0] * len(rows)
+  for i, stage in enumerate(STAGES):
+    widths = [row["stages"].get(stage, 0) / row["us"] for row in rows]
+    axes.barh(labels, widths, left=left, color=f"C{i}", label=stage)
+    left = [a + b for a, b in zip(left, widths, strict=True)]
+  for i, row in enumerate(rows):
+    axes.text(max(left[i], 1), i, f" {row['us']:.0f} us", va="center")
+  axes.axvline(1, color="black", linewidth=0.8)
+  axes.invert_yaxis()
+  axes.margins(x=0.15)
+  axes.set_xlabel(
+    "time of each stage alone / time of the whole layer; "
+    f"{result['device']}, {result['date']}"
+  )
+  axes.legend(fontsize=7)
+  figure.savefig(target, dpi=110)
+  print(target)
+  return 0

@@ -1,0 +1,161 @@
+"""The whole layer: router, dispatch, experts, combine."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
+from jax_grouped_gemm.moe.grouped_mlp import Activation, Weights, grouped_mlp
+from jax_grouped_gemm.moe.permutation import combine, dispatch
+from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
+from jax_grouped_gemm.ragged_dot import Recipe
+
+
+class MoeParams(NamedTuple):
+  """Parameters of a layer of `e` experts, a pytree; as grouped_mlp has them.
+
+  Attributes:
+    router: (d, e).
+    gate_up: (e, d, 2 f) floats, or a ScaledArray (e, 2 f, d).
+    down: (e, f, d) floats, or a ScaledArray (e, d, f).
+    router_bias: (e,), part of the logits.
+    expert_bias: (e,), enters the choice only: route_top_k's expert_bias.
+    gate_up_bias: (e, 2 f).
+    down_bias: (e, d).
+  """
+
+  router: Float[Array, "d e"]
+  gate_up: Weights
+  down: Weights
+  router_bias: Float[Array, "e"] | None = None
+  expert_bias: Float[Array, "e"] | None = None
+  gate_up_bias: Float[Array, "e 2*f"] | None = None
+  down_bias: Float[Array, "e d"] | None = None
+
+
+class MoeOutput(NamedTuple):
+  """What a layer gives, a pytree.
+
+  Attributes:
+    out: like x.
+    load_balancing_loss: as Routing has it.
+    z_loss: the same.
+    group_sizes: (e,), token copies that chose each expert.
+    dropped: how many of them found no room; 0 without a capacity.
+
+  With `parallel`, all but `out` are those of all devices.
+  """
+
+  out: Float[Array, "*tokens d"]
+  load_balancing_loss: Float32[Array, ""]
+  z_loss: Float32[Array, ""]
+  group_sizes: Int32[Array, "e"]
+  dropped: Int32[Array, ""]
+
+
+def moe_layer(
+  x: Float[Array, "*tokens d"],
+  params: MoeParams,
+  top_k: int,
+  *,
+  score: Score = "softmax",
+  normalize: bool = True,
+  scale: float = 1.0,
+  num_expert_groups: int = 1,
+  top_expert_groups: int = 1,
+  activation: Activation = "swiglu",
+  recipe: Recipe = Recipe(),  # noqa: B008, immutable.
+  rematerialize: bool = False,
+  parallel: ExpertParallel | None = None,
+  implementation: str | None = None,
+) -> MoeOutput:
+  """out[t] = sum over t's top_k experts e of weight[t, e] * mlp[e](x[t]).
+
+  x (..., d) -> out (..., d), of x's dtype. The logits are x @ router +
+  router_bias, in float32; see route_top_k for experts and weights, grouped_mlp
+  for the experts, combine for the sum.
+
+  Args:
+    x: tokens, of any leading axes.
+    params: of the layer.
+    top_k: experts per token.
+    score: as in route_top_k.
+    normalize: the same.
+    scale: the same.
+    num_expert_groups: the same.
+    top_expert_groups: the same.
+    activation: as in grouped_mlp.
+    recipe: the same.
+    rematerialize: the same.
+    parallel: how the experts are spread over devices, for calls inside
+      jax.shard_map: x and the experts' parameters are then the device's own,
+      router, router_bias and expert_bias those of all experts.
+    implementation: as in ragged_dot.
+  """
+  x = jnp.asarray(x)
+  params = MoeParams(*params)
+  tokens, d = x.shape[:-1], x.shape[-1]
+  rows = x.reshape(-1, d)
+  routing = route_top_k(
+    _logits(rows, params),
+    top_k,
+    score=score,
+    normalize=normalize,
+    scale=scale,
+    expert_bias=params.expert_bias,
+    num_expert_groups=num_expert_groups,
+    top_expert_groups=top_expert_groups,
+    axis_name=() if parallel is None else parallel.token_axes,
+  )
+
+  def experts(rows, group_sizes):
+    return grouped_mlp(
+      rows,
+      params.gate_up,
+      params.down,
+      group_sizes,
+      activation=activation,
+      gate_up_bias=params.gate_up_bias,
+      down_bias=params.down_bias,
+      recipe=recipe,
+      rematerialize=rematerialize,
+      implementation=implementation,
+    )
+
+  num_experts = params.router.shape[1]
+  rows, permutation = dispatch(rows, routing.experts, num_experts)
+  group_sizes, dropped = permutation.group_sizes, jnp.zeros((), jnp.int32)
+  if parallel is None:
+    rows = experts(rows, group_sizes)
+  else:
+    rows, group_sizes, dropped = parallel.run(
+      experts, rows, group_sizes, params.gate_up.shape[0], top_k
+    )
+  out = combine(rows, routing.weights, permutation, x.dtype)
+  return MoeOutput(
+    out.reshape(*tokens, d), *_losses(routing), group_sizes, dropped
+  )
+
+
+def _losses(routing: Routing):
+  return routing.load_balancing_loss, routing.z_loss
+
+
+def _logits(x: Float[Array, "t d"], params: MoeParams) -> Float32[Array, "t e"]:
+  router = jnp.asarray(params.router)
+  if router.ndim != 2 or router.shape[0] != x.shape[1]:
+    raise ValueError(
+      f"router must be (d, e) with the d of x {x.shape}, got {router.shape}"
+    )
+  logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
+  if params.router_bias is None:
+    return logits
+  return logits + jnp.asarray(params.router_bias).astype(jnp.float32)
+
+
+for _type in (MoeParams, MoeOutput):
+  jax.export.register_namedtuple_serialization(
+    _type, serialized_name=f"jax_grouped_gemm.moe.{_type.__name__}"
+  )

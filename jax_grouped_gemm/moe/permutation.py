@@ -1,0 +1,160 @@
+"""Copies of tokens, sorted by expert, and back.
+
+Both directions, and their gradients, gather rows along a permutation and add
+them up in a fixed order: nothing scatters, so results are the same bits on
+every run, and the NaN of a token stays with that token.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.moe.routing import count
+
+
+class Permutation(NamedTuple):
+  """top_k copies of each of `t` tokens, sorted by expert. A pytree.
+
+  Attributes:
+    order: copy at each sorted row; copy t * top_k + i is token t's i-th.
+    inverse: sorted row of each copy.
+    group_sizes: rows of each expert.
+  """
+
+  order: Int32[Array, "t*top_k"]
+  inverse: Int32[Array, "t top_k"]
+  group_sizes: Int32[Array, "e"]
+
+
+def dispatch(
+  x: Float[Array, "t d"],
+  experts: Int[Array, "t top_k"],
+  num_experts: int,
+) -> tuple[Float[Array, "t*top_k d"], Permutation]:
+  """rows[r] = x[token of the r-th copy, sorted by expert] -> (t * top_k, d).
+
+  The copies of one expert stay in the order of their tokens. A copy whose
+  expert is not in [0, num_experts) goes to nobody: such rows come last, past
+  the sum of the group sizes.
+
+  Differentiable in x: a token's gradient is the sum over its copies, in
+  float32.
+
+  Args:
+    x: a row per token.
+    experts: of each token, as route_top_k chooses them.
+    num_experts: that there are.
+
+  Returns:
+    The rows and how they are sorted, for `combine`.
+  """
+  x, experts = jnp.asarray(x), jnp.asarray(experts)
+  if x.ndim != 2 or experts.ndim != 2 or x.shape[0] != experts.shape[0]:
+    raise ValueError(
+      "x must be (tokens, d) and experts (tokens, top_k), got "
+      f"{x.shape} and {experts.shape}"
+    )
+  if not jnp.issubdtype(experts.dtype, jnp.integer):
+    raise TypeError(f"experts must be integers, got {experts.dtype}")
+  x, experts = vary_alike(x, experts)
+  permutation = _sort(experts, num_experts)
+  return _gather_copies(x, *permutation[:2]), permutation
+
+
+def _sort(experts: Int[Array, "t top_k"], num_experts: int) -> Permutation:
+  inside = (experts >= 0) & (experts < num_experts)
+  keys = jnp.where(inside, experts, num_experts).astype(jnp.int32)
+  copies = lax.iota(jnp.int32, keys.size)
+  (copies,) = vary_alike(copies, keys)[:1]
+  _, order = lax.sort((keys.reshape(-1), copies), num_keys=1, is_stable=True)
+  # Every row is written once: no two writes meet.
+  inverse = jnp.zeros_like(order).at[order].set(copies, unique_indices=True)
+  return Permutation(
+    order, inverse.reshape(experts.shape), count(keys, num_experts)
+  )
+
+
+@jax.custom_vjp
+def _gather_copies(x, order, inverse):
+  return x[order // inverse.shape[1]]
+
+
+def _gather_copies_fwd(x, order, inverse):
+  return _gather_copies(x, order, inverse), inverse
+
+
+def _gather_copies_bwd(inverse, drows):
+  dx = drows[inverse].astype(_sum_dtype(drows)).sum(axis=1)
+  return dx.astype(drows.dtype), None, None
+
+
+_gather_copies.defvjp(_gather_copies_fwd, _gather_copies_bwd)
+
+
+def combine(
+  rows: Float[Array, "t*top_k d"],
+  weights: Float[Array, "t top_k"],
+  permutation: Permutation,
+  dtype: DTypeLike | None = None,
+) -> Float[Array, "t d"]:
+  """out[t] = sum over i of weights[t, i] * rows[sorted row of copy (t, i)].
+
+  Products and sums are float32. Differentiable in rows and weights.
+
+  Args:
+    rows: as dispatch sorts them.
+    weights: of each copy, as route_top_k gives them.
+    permutation: from dispatch.
+    dtype: of the result; None: that of rows.
+  """
+  rows, weights = jnp.asarray(rows), jnp.asarray(weights)
+  shape = permutation.inverse.shape
+  if weights.shape != shape or rows.shape[:1] != permutation.order.shape:
+    raise ValueError(
+      f"weights must be (tokens, top_k) = {shape} and rows (tokens * top_k, d)"
+      f", got {weights.shape} and {rows.shape}"
+    )
+  out = _weighted_sum(
+    *vary_alike(rows, weights, permutation.order, permutation.inverse)
+  )
+  return out.astype(rows.dtype if dtype is None else dtype)
+
+
+@jax.custom_vjp
+def _weighted_sum(rows, weights, order, inverse) -> Float32[Array, "t d"]:
+  wide = _sum_dtype(rows)
+  products = rows[inverse].astype(wide) * weights.astype(wide)[:, :, None]
+  return products.sum(axis=1)
+
+
+def _weighted_sum_fwd(rows, weights, order, inverse):
+  out = _weighted_sum(rows, weights, order, inverse)
+  return out, (rows, weights, order, inverse)
+
+
+def _weighted_sum_bwd(residuals, dout):
+  rows, weights, order, inverse = residuals
+  top_k = inverse.shape[1]
+  row_weights = weights.astype(dout.dtype).reshape(-1)[order]
+  drows = row_weights[:, None] * dout[order // top_k]
+  dweights = jnp.sum(
+    rows[inverse].astype(dout.dtype) * dout[:, None, :], axis=-1
+  )
+  return drows.astype(rows.dtype), dweights.astype(weights.dtype), None, None
+
+
+_weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
+
+
+def _sum_dtype(x: Array):
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+jax.export.register_namedtuple_serialization(
+  Permutation, serialized_name="jax_grouped_gemm.moe.Permutation"
+)

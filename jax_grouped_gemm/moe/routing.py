@@ -1,0 +1,207 @@
+"""Which experts a token goes to, and with what weights."""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jax_grouped_gemm.manual_axes import vary_alike
+
+Score = Literal["softmax", "sigmoid"]
+_SCORES = get_args(Score)
+_BEST_OF_GROUP = 2  # experts whose scores make a group's, as in DeepSeek-V3.
+
+
+class Routing(NamedTuple):
+  """Where `t` tokens go, and how uneven that is. A pytree.
+
+  Attributes:
+    experts: (t, top_k), the chosen ones, best first.
+    weights: (t, top_k), by which the experts' results are to be multiplied.
+    load_balancing_loss: 1 if all experts have the same share, at most e.
+    z_loss: mean of logsumexp(logits)^2 over the tokens.
+  """
+
+  experts: Int32[Array, "t top_k"]
+  weights: Float32[Array, "t top_k"]
+  load_balancing_loss: Float32[Array, ""]
+  z_loss: Float32[Array, ""]
+
+
+def route_top_k(
+  logits: Float[Array, "t e"],
+  top_k: int,
+  *,
+  score: Score = "softmax",
+  normalize: bool = True,
+  scale: float = 1.0,
+  expert_bias: Float[Array, "e"] | None = None,
+  num_expert_groups: int = 1,
+  top_expert_groups: int = 1,
+  axis_name: str | tuple[str, ...] = (),
+) -> Routing:
+  """experts[t] = the top_k of score(logits[t]) + expert_bias, logits (t, e).
+
+  weights[t] = scale * the scores of the chosen experts, without the bias,
+  divided by their sum if `normalize`. All in float32.
+
+  Softmax and normalize is what Mixtral and Qwen3 do, and the same as gpt-oss'
+  softmax over the chosen logits. DeepSeek-V3 has sigmoid, normalize, an
+  expert_bias, scale 2.5, 8 expert groups of which 4 are kept. Of equal scores
+  those of the first experts win. A token with NaN among its logits gets NaN
+  weights; both losses are then NaN.
+
+  The load-balancing loss is e * sum(share of the copies that go to an expert *
+  its mean probability), the Switch Transformer's (arXiv 2101.03961, equation 4)
+  for any top_k; probabilities are the scores divided by their sum over all
+  experts (for sigmoid: DeepSeek-V3, arXiv 2412.19437, equation 19). The z loss
+  is ST-MoE's (arXiv 2202.08906, equation 5).
+
+  Args:
+    logits: of float32, bfloat16, ....
+    top_k: experts per token.
+    score: of the logits; softmax is over all experts.
+    normalize: whether the weights of a token add up to `scale`.
+    scale: of the weights.
+    expert_bias: enters the choice only. Its gradient is zero: see
+      update_expert_bias.
+    num_expert_groups: into which the experts are cut, in sequence.
+    top_expert_groups: of which only so many are open to a token: those whose
+      two best experts (after the bias) have the largest sum of scores.
+    axis_name: mesh axes over which the tokens are split, for the losses to be
+      those of all tokens.
+  """
+  logits = jnp.asarray(logits)
+  expert_bias = None if expert_bias is None else jnp.asarray(expert_bias)
+  _check(logits, top_k, score, expert_bias)
+  _check_groups(logits.shape[1], top_k, num_expert_groups, top_expert_groups)
+  logits = logits.astype(jnp.float32)
+  score_fn = jax.nn.softmax if score == "softmax" else jax.nn.sigmoid
+  scores = score_fn(logits)
+  choice = lax.stop_gradient(scores)
+  if expert_bias is not None:
+    choice = choice + lax.stop_gradient(expert_bias.astype(jnp.float32))
+  if top_expert_groups < num_expert_groups:
+    choice = _only_best_groups(choice, num_expert_groups, top_expert_groups)
+  experts = lax.top_k(choice, top_k)[1].astype(jnp.int32)
+  weights = _take(*vary_alike(scores, experts))
+  if normalize:
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+  return Routing(
+    experts,
+    weights * scale,
+    _load_balancing_loss(scores, experts, axis_name),
+    _mean(jax.nn.logsumexp(logits, axis=-1) ** 2, axis_name),
+  )
+
+
+def update_expert_bias(
+  expert_bias: Float[Array, "e"],
+  group_sizes: Int32[Array, "e"],
+  rate: float = 1e-3,
+) -> Float[Array, "e"]:
+  """expert_bias[e] + rate * sign(mean(group_sizes) - group_sizes[e]).
+
+  What DeepSeek-V3 does after each step in place of a load-balancing loss
+  (arXiv 2412.19437, section 2.1.2): experts that got too many tokens become
+  less attractive.
+
+  Args:
+    expert_bias: of the step before, zeros at first.
+    group_sizes: token copies that each expert got, on all devices.
+    rate: DeepSeek-V3 has 1e-3.
+  """
+  sizes = group_sizes.astype(jnp.float32)
+  step = rate * jnp.sign(sizes.mean() - sizes)
+  return expert_bias + step.astype(expert_bias.dtype)
+
+
+def count(experts: Int32[Array, "..."], num_experts: int) -> Int32[Array, "e"]:
+  """How often each expert occurs; others than those there are do not count."""
+  # Not bincount: it is a scatter, which adds with atomics.
+  ids = jnp.arange(num_experts, dtype=experts.dtype)
+  return jnp.sum(experts.reshape(-1) == ids[:, None], axis=1, dtype=jnp.int32)
+
+
+def _only_best_groups(choice: Float32[Array, "t e"], groups: int, keep: int):
+  """Sets the scores of all but the best groups of experts to -inf."""
+  t, e = choice.shape
+  grouped = choice.reshape(t, groups, e // groups)
+  best = lax.top_k(grouped, min(_BEST_OF_GROUP, e // groups))[0].sum(axis=-1)
+  kept = lax.top_k(best, keep)[1]
+  is_kept = jnp.any(kept[:, :, None] == jnp.arange(groups), axis=1)
+  return jnp.where(is_kept[:, :, None], grouped, -jnp.inf).reshape(t, e)
+
+
+def _mean(x, axis_name):
+  """Over the first axis and over the devices."""
+  mean = x.mean(axis=0)
+  return lax.pmean(mean, axis_name) if axis_name else mean
+
+
+def _load_balancing_loss(scores, experts, axis_name):
+  e = scores.shape[1]
+  share = count(experts, e) / max(experts.size, 1)
+  if axis_name:
+    share = lax.pmean(share, axis_name)
+  probabilities = scores / scores.sum(axis=-1, keepdims=True)
+  return e * jnp.sum(share * _mean(probabilities, axis_name))
+
+
+@jax.custom_vjp
+def _take(scores, experts):
+  """scores[t, experts[t]]; its gradient is a sum and no scatter."""
+  return jnp.take_along_axis(scores, experts, axis=1)
+
+
+def _take_fwd(scores, experts):
+  return _take(scores, experts), (experts, scores.shape[1])
+
+
+def _take_bwd(residuals, dweights):
+  experts, e = residuals
+  is_chosen = experts[:, :, None] == jnp.arange(e)
+  return jnp.where(is_chosen, dweights[:, :, None], 0).sum(axis=1), None
+
+
+_take.defvjp(_take_fwd, _take_bwd)
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(logits, top_k, score, expert_bias):
+  if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise TypeError(
+      f"logits must be floats (tokens, experts), got {logits.dtype} of shape "
+      f"{logits.shape}"
+    )
+  e = logits.shape[1]
+  if not 1 <= top_k <= e:
+    raise ValueError(f"top_k must be from 1 to the {e} experts, got {top_k}")
+  if score not in _SCORES:
+    raise ValueError(f"score must be one of {_SCORES}, got {score!r}")
+  if expert_bias is not None and expert_bias.shape != (e,):
+    raise ValueError(
+      f"expert_bias must have an entry for each of the {e} experts, got shape "
+      f"{expert_bias.shape}"
+    )
+
+
+def _check_groups(e, top_k, groups, keep):
+  if not 1 <= keep <= groups or e % groups:
+    raise ValueError(
+      f"the {e} experts must be a multiple of num_expert_groups, and "
+      f"top_expert_groups from 1 to that, got {groups} and {keep}"
+    )
+  if top_k > keep * (e // groups):
+    raise ValueError(
+      f"top_k must be at most the {keep * (e // groups)} experts of "
+      f"{keep} of {groups} groups, got {top_k}"
+    )
+
+
+jax.export.register_namedtuple_serialization(
+  Routing, serialized_name="jax_grouped_gemm.moe.Routing"
+)

@@ -1,0 +1,341 @@
+"""Experts on several devices: what one device gives, wherever tokens go."""
+
+import functools
+import re
+
+import hopper
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_grouped_gemm import Recipe, moe, quantize
+from jax_grouped_gemm.moe.expert_parallel import _fit
+
+D, F, E, K = 32, 16, 16, 2
+T = 64  # of all devices
+BF16 = Recipe.bf16()
+RNG = np.random.default_rng(0)
+MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
+SPECS = moe.MoeParams(
+  router=P(),
+  gate_up=P("expert"),
+  down=P("expert"),
+  router_bias=P(),
+  expert_bias=P(),
+  gate_up_bias=P("expert"),
+  down_bias=P("expert"),
+)
+TOKENS = P(("expert", "data"))
+OUT_SPECS = moe.MoeOutput(TOKENS, P(), P(), P(), P())
+
+
+def normal(*shape, scale=1.0):
+  return jnp.asarray(RNG.standard_normal(shape) * scale, jnp.float32)
+
+
+X, DOUT = normal(T, D), normal(T, D)
+PARAMS = moe.MoeParams(
+  router=normal(D, E, scale=0.3),
+  gate_up=normal(E, D, 2 * F, scale=0.2),
+  down=normal(E, F, D, scale=0.2),
+  router_bias=normal(E, scale=0.3),
+  expert_bias=normal(E, scale=0.1),
+  gate_up_bias=normal(E, 2 * F),
+  down_bias=normal(E, D),
+)
+# Expert biases that decide alone: all tokens to two experts of one device, to
+# experts of the first and of the last device, and as the router likes.
+ROUTINGS = {
+  "as it comes": PARAMS.expert_bias,
+  "one device": jnp.zeros(E).at[2:4].set(99.0).at[3].set(100.0),
+  "two devices": jnp.zeros(E).at[0].set(99.0).at[E - 1].set(98.0),
+}
+
+
+def mesh(shape):
+  return Mesh(np.array(jax.devices()[:8]).reshape(shape), ("expert", "data"))
+
+
+def layer(params, x, recipe=BF16, **kwargs):
+  return moe.moe_layer(x, params, K, recipe=recipe, **kwargs)
+
+
+def sharded(shape, recipe=BF16, params=SPECS, **options):
+  parallel = moe.ExpertParallel("expert", ("data",), **options)
+  return jax.shard_map(
+    functools.partial(layer, recipe=recipe, parallel=parallel),
+    mesh=mesh(shape),
+    in_specs=(params, TOKENS),
+    out_specs=OUT_SPECS,
+  )
+
+
+def value_and_gradients(run):
+  """Function of (params, x): of out, and of both losses."""
+
+  def loss(params, x):
+    result = run(params, x)
+    value = jnp.sum(result.out * DOUT)
+    value += 2 * result.load_balancing_loss - 3 * result.z_loss
+    return value, result
+
+  return jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+
+
+# Compiled once for all routings.
+on_devices = functools.cache(lambda shape: value_and_gradients(sharded(shape)))
+on_one_device = value_and_gradients(layer)
+
+
+def close(got, want):
+  np.testing.assert_allclose(
+    got, want, rtol=2e-4, atol=2e-5 * max(np.abs(want).max(), 1e-3)
+  )
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
+def test_results_and_gradients_are_those_of_one_device(shape, routing):
+  params = PARAMS._replace(expert_bias=ROUTINGS[routing])
+  grads, result = on_devices(shape)(params, X)
+  expected_grads, expected = on_one_device(params, X)
+  assert result.dropped == 0
+  jax.tree.map(close, result, expected)
+  jax.tree.map(close, grads, expected_grads)
+  if routing == "one device":
+    np.testing.assert_array_equal(
+      result.group_sizes, T * np.isin(np.arange(E), [2, 3])
+    )
+
+
+def test_fp8_forward_is_that_of_one_device():
+  """But for roundings: a row's result depends on no other row."""
+  result = jax.jit(sharded((4, 2), Recipe()))(PARAMS, X)
+  expected = jax.jit(functools.partial(layer, recipe=Recipe()))(PARAMS, X)
+  # Few elements are quantised to the next FP8 value, if any.
+  error = np.linalg.norm(result.out - expected.out)
+  assert error <= 1e-3 * np.linalg.norm(expected.out)
+
+
+def test_serving():
+  params = PARAMS._replace(
+    gate_up=quantize(PARAMS.gate_up.mT, (1, 128, 128)),
+    down=quantize(PARAMS.down.mT, (1, 128, 128)),
+  )
+  result = jax.jit(sharded((8, 1)))(params, X)
+  close(result.out, jax.jit(layer)(params, X).out)
+
+
+def test_nan_stays_with_its_token():
+  x = X.at[11, 3].set(jnp.nan)
+  out = jax.jit(sharded((4, 2)))(PARAMS, x).out
+  np.testing.assert_array_equal(np.isnan(out).any(axis=1), np.arange(T) == 11)
+
+
+def test_explicit_mesh():
+  """Arrays whose types tell how they are sharded."""
+  explicit = jax.make_mesh(
+    (4, 2), ("expert", "data"), axis_types=(AxisType.Explicit,) * 2
+  )
+  run = jax.shard_map(
+    functools.partial(layer, parallel=moe.ExpertParallel("expert", ("data",))),
+    mesh=explicit,
+    in_specs=(SPECS, TOKENS),
+    out_specs=OUT_SPECS,
+  )
+  with jax.set_mesh(explicit):
+    params, x = jax.tree.map(
+      lambda spec, x: jax.device_put(x, NamedSharding(explicit, spec)),
+      (SPECS, TOKENS),
+      (PARAMS, X),
+    )
+    out = jax.jit(run)(params, x).out
+  close(np.asarray(out), jax.jit(layer)(PARAMS, X).out)
+
+
+# ---------------------------------------------------------------- capacity
+
+
+@functools.cache
+def with_capacity(capacity):
+  return jax.jit(sharded((4, 2), capacity=capacity))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("capacity", [1, 7, 40])
+def test_capacity(capacity, routing):
+  """What is dropped is counted, adds zero, and nothing else changes."""
+  params = PARAMS._replace(expert_bias=ROUTINGS[routing])
+  # Every expert's result is its number: which copies count is to be seen.
+  params = params._replace(
+    down=jnp.zeros_like(PARAMS.down),
+    down_bias=jnp.arange(1.0, E + 1)[:, None] * jnp.ones(D),
+  )
+  run = jax.jit(sharded((4, 2), capacity=capacity))
+  result, routes = (
+    run(params, X),
+    moe.route_top_k(
+      X @ params.router + params.router_bias, K, expert_bias=params.expert_bias
+    ),
+  )
+  values = np.asarray((routes.experts + 1) * routes.weights)
+  possible = np.stack(
+    [values * keep for keep in ((1, 1), (1, 0), (0, 1), (0, 0))]
+  ).sum(axis=-1)  # Of a token: what its two copies can add up to.
+  got = np.asarray(result.out[:, 0])
+  match = np.isclose(got, possible, rtol=1e-5)
+  assert match.any(axis=0).all()
+  lost = np.array([0, 1, 1, 2])[match.argmax(axis=0)]
+  assert result.dropped == lost.sum()
+  # Two data shards with four devices of four experts each.
+  shard = np.arange(T) // (T // 8) % 2
+  fits = 0
+  for data in range(2):
+    device = np.asarray(routes.experts)[shard == data] // 4
+    wanted = np.bincount(device.ravel(), minlength=4)
+    fits += np.minimum(wanted, capacity).sum()
+  kept = T * K - int(result.dropped)
+  assert fits - 8 <= kept <= fits
+  np.testing.assert_array_equal(
+    result.group_sizes, np.bincount(np.ravel(routes.experts), minlength=E)
+  )
+
+
+def test_gradient_of_what_is_dropped_is_zero():
+  params = PARAMS._replace(expert_bias=ROUTINGS["one device"])
+  run = sharded((8, 1), capacity=T)
+
+  def loss(x):
+    result = run(params, x)
+    return jnp.sum(result.out * DOUT), result.out
+
+  gradient, out = jax.jit(jax.grad(loss, has_aux=True))(X)
+  dropped = (np.asarray(out) == 0).all(axis=1)
+  assert 0 < dropped.sum() < T
+  np.testing.assert_array_equal((gradient == 0).all(axis=1), dropped)
+
+
+def test_capacity_is_shared_evenly():
+  """Of senders and experts none goes short, however unlucky its place."""
+  sizes = jnp.asarray(RNG.integers(0, 100, (3, 40)), jnp.int32)
+  for capacity in (1, 100, 1500, 10**6):
+    kept = np.asarray(_fit(sizes, capacity))
+    total = np.asarray(sizes.sum(axis=1))
+    assert (kept >= 0).all() and (kept <= sizes).all()
+    assert (kept.sum(axis=1) <= np.minimum(capacity, total)).all()
+    assert (kept.sum(axis=1) >= np.minimum(capacity, total) - 1).all()
+    share = np.minimum(capacity / total, 1)[:, None]
+    assert (np.abs(kept - sizes * share) <= 1.01).all()
+  big = jnp.full((1, 1024), 2**20, jnp.int32)
+  assert _fit(big, 2**29).sum() <= 2**29
+
+
+# ---------------------------------------------------------------- ragged
+
+
+def emulated_ragged_all_to_all(
+  operand,
+  output,
+  input_offsets,
+  send_sizes,
+  output_offsets,
+  recv_sizes,
+  *,
+  axis_name,
+):
+  """Slice by slice, as jax.lax.ragged_all_to_all's documentation says.
+
+  It has no implementation on CPUs.
+  """
+  me, n = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+  gather = lambda x: jax.lax.all_gather(x, axis_name)
+  operands, sizes = gather(operand), gather(send_sizes)
+  starts, targets = gather(input_offsets), gather(output_offsets)
+  per_device = len(input_offsets) // n
+  row = jnp.arange(output.shape[0])
+  for sender in range(n):
+    for i in range(per_device):
+      slot = me * per_device + i
+      size, target = sizes[sender, slot], targets[sender, slot]
+      index = starts[sender, slot] + row - target
+      rows = operands[sender][jnp.clip(index, 0, operand.shape[0] - 1)]
+      inside = (row >= target) & (row < target + size)
+      # The receiver must know how much comes.
+      inside &= recv_sizes[sender * per_device + i] == size
+      output = jnp.where(inside[:, None], rows, output)
+  return output
+
+
+def test_ragged_exchange_is_the_dense_one(monkeypatch):
+  options = dict(capacity=20)  # Not all is sent.
+  dense_grads, dense = value_and_gradients(sharded((4, 2), **options))(
+    PARAMS, X
+  )
+  monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+  grads, ragged = value_and_gradients(
+    sharded((4, 2), exchange="ragged", **options)
+  )(PARAMS, X)
+  assert ragged.dropped > 0
+  jax.tree.map(close, ragged, dense)
+  jax.tree.map(close, grads, dense_grads)
+
+
+@pytest.mark.slow
+def test_ragged_exchange_compiles_for_four_gpus():
+  devices = np.array(hopper.devices(4)).reshape(2, 2)
+  gpus = Mesh(devices, ("expert", "data"))
+  parallel = moe.ExpertParallel("expert", ("data",), exchange="ragged")
+  run = jax.shard_map(
+    functools.partial(
+      layer, recipe=Recipe(), parallel=parallel, implementation="mosaic_gpu"
+    ),
+    mesh=gpus,
+    in_specs=(SPECS, TOKENS),
+    out_specs=OUT_SPECS,
+  )
+  specs = jax.tree.map(
+    lambda spec, x: jax.ShapeDtypeStruct(
+      x.shape, jnp.bfloat16, sharding=NamedSharding(gpus, spec)
+    ),
+    (SPECS, TOKENS),
+    (PARAMS, X),
+  )
+  loss = lambda params, x: run(params, x).out.astype(jnp.float32).sum()
+  traced = jax.jit(jax.grad(loss, (0, 1))).trace(*specs)
+  compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+  exchanges = re.findall(r"ragged-all-to-all(?:-start)?\(", compiled.as_text())
+  assert len(exchanges) == 4
+
+
+def test_ragged_exchange_lowers_for_gpus():
+  run = sharded((4, 2), Recipe(), exchange="ragged")
+  loss = lambda params, x: run(params, x).out.sum()
+  traced = jax.jit(jax.grad(loss, (0, 1))).trace(PARAMS, X)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  # There and back, forward and backward.
+  assert len(re.findall(r"custom_call @ragged_all_to_all", text)) == 4
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda: moe.ExpertParallel("x", ("x",)), "must not hold axis_name 'x'"),
+    (lambda: moe.ExpertParallel("x", capacity=0), "got 0"),
+    (lambda: moe.ExpertParallel("x", exchange="sparse"), "'sparse'"),
+    (
+      lambda: jax.eval_shape(
+        sharded((4, 2), params=SPECS._replace(gate_up=P(), down=P())), PARAMS, X
+      ),
+      "16 experts over 4 devices.*4.0 on each.*hold 16",
+    ),
+  ],
+)
+def test_errors(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
