@@ -98,7 +98,9 @@ def ragged_dot(
     group_offset: the first of the groups in group_sizes that rhs holds.
     out_sharding: of the result, on a mesh of explicit axes.
     recipe: which products are quantised, and how.
-    implementation: of the quantised products, as in m_grouped_gemm.
+    implementation: of the quantised products, as in m_grouped_gemm. Of those
+      that are not, None means jax.lax.ragged_dot or, on a CPU, XLA, as for
+      operands that are not both bfloat16 or both float16.
   """
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
   if not isinstance(recipe, Recipe):
@@ -127,7 +129,9 @@ def ragged_dot(
   call = _Call(
     recipe=recipe,
     implementation=implementation,
-    unquantized=Unquantized(precision, use_lax, group_offset is not None),
+    unquantized=Unquantized(
+      precision, implementation, use_lax, group_offset is not None
+    ),
     out_dtype=out.dtype,
     lhs_dtype=lhs.dtype,
     rhs_dtype=rhs.dtype,

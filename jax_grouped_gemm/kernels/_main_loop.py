@@ -171,12 +171,7 @@ def skip(refs, config: Config, k_iters, step):
   )
   await_turn()
   pass_turn()
-
-  @pl.loop(0, k_iters)
-  def release_slot(ki):
-    slot = lax.rem(step + ki, config.num_stages)
-    plgpu.barrier_wait(refs.full.at[slot])
-    plgpu.barrier_arrive(refs.empty.at[slot])
+  _pipeline.skip_slices(refs, config.num_stages, k_iters, step)
 
 
 def _turn(turn: Ref, slot, config: Config):

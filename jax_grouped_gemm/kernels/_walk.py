@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_grouped_gemm.config import TILE_SLOTS, Config
+from jax_grouped_gemm.config import TILE_SLOTS, WGMMA_M, Config
 from jax_grouped_gemm.kernels import _pipeline
 from jax_grouped_gemm.kernels._groups import ROW_ALIGN, MaskedWalk, Tile, Walk
 from jax_grouped_gemm.schedule import Masked
@@ -115,6 +115,12 @@ def is_tile(refs, i):
   """Waits until tile i is announced. False: it is the end."""
   plgpu.barrier_wait(refs.tiles_full.at[lax.rem(i, TILE_SLOTS)])
   return read_tile(refs, i).group != END
+
+
+def has_rows(tile: Tile):
+  """Whether the warpgroup has any; in a group's last tile it may not."""
+  first_row = lax.axis_index("wg") * WGMMA_M
+  return (tile.size > 0) & (first_row < tile.offset + tile.size)
 
 
 def release_tile(refs, i):

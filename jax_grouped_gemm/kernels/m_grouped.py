@@ -84,27 +84,22 @@ def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
   """Loads the k slices of the i-th tile into consecutive slots."""
   rows = pl.ds(pl.multiple_of(tile.row, ROW_ALIGN), config.tile_m)
   cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
-  multicast = config.multicast if config.cluster > 1 else None
-
-  def copy(src, dst, full, is_shared=False):
-    axes = "cta" if is_shared else None
-    plgpu.copy_gmem_to_smem(src, dst, full, collective_axes=axes)
-
   pl.when(k_iters > 0)(lambda: _rhs_scales.load(refs, config, i, tile))
 
   def load_slice(ki, slot):
     ks = pl.ds(ki * SCALE_BLOCK, SCALE_BLOCK)
     full = refs.full.at[slot]
-    lhs, rhs = refs.lhs_smem.at[slot], refs.rhs_smem.at[slot]
-    copy(refs.lhs_gmem.at[rows, ks], lhs, full, multicast == "lhs")
-    src = refs.rhs_gmem.at[tile.group, cols, ks]
-    if multicast == "rhs":
-      pl.when(one_group)(lambda: copy(src, rhs, full, is_shared=True))
-      pl.when(~one_group)(lambda: copy(src, rhs, full))
-    else:
-      copy(src, rhs, full)
+    _pipeline.load_operands(
+      config,
+      refs.lhs_gmem.at[rows, ks],
+      refs.lhs_smem.at[slot],
+      refs.rhs_gmem.at[tile.group, cols, ks],
+      refs.rhs_smem.at[slot],
+      full,
+      one_group,
+    )
     scales = refs.lhs_scales_gmem.at[ki, rows]
-    copy(scales, refs.lhs_scales_smem.at[slot], full)
+    plgpu.copy_gmem_to_smem(scales, refs.lhs_scales_smem.at[slot], full)
 
   return _pipeline.load_slices(
     refs.empty, config.num_stages, k_iters, step, load_slice
@@ -118,9 +113,7 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
   """Computes the announced tiles, then stores the announced tiles of zeros."""
 
   def compute_tile(i, tile: Tile, step):
-    # The last tile of a group may have no rows for this warpgroup.
-    first_row = lax.axis_index("wg") * WGMMA_M
-    has_rows = (tile.size > 0) & (first_row < tile.offset + tile.size)
+    has_rows = _walk.has_rows(tile)
 
     @pl.when(has_rows)
     def compute():

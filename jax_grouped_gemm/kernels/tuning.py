@@ -58,6 +58,9 @@ _K_GROUPED_RATES = {
   (64, 1): 0.5,
 }
 
+# 16-bit operands: rates of tile_n relative to the best. Estimates.
+_BF16_RATES = {256: 1.0, 192: 0.96, 128: 0.9, 64: 0.6}
+
 # ---------------------------------------------------------------- table
 
 
@@ -212,3 +215,27 @@ def k_grouped_config(
     raster_width=4,  # 1 % above 8: 4 groups of ~8192, 4096, 7168, H200.
   )
   return most_stages(best, out_dtype, None)
+
+
+def m_grouped_bf16_config(n: int, out_dtype: DTypeLike) -> Config:
+  """The config of an M-grouped GEMM of 16-bit operands with n columns."""
+  return _bf16_config(n, out_dtype, cluster=2)
+
+
+def k_grouped_bf16_config(n: int, out_dtype: DTypeLike) -> Config:
+  """The config of a K-grouped GEMM of 16-bit operands with n columns."""
+  return _bf16_config(n, out_dtype, cluster=1)
+
+
+def _bf16_config(n: int, out_dtype: DTypeLike, cluster: int) -> Config:
+  """Has few columns in vain, tiles that are wide, and at least 3 slots."""
+
+  def cost(config: Config):
+    columns = config.tile_n * config.cluster
+    return -(-n // columns) * columns / _BF16_RATES[config.tile_n]
+
+  configs = [
+    most_stages(Config(tile_n=tile_n, cluster=cluster), out_dtype, 0)
+    for tile_n in _BF16_RATES
+  ]
+  return min((c for c in configs if c.num_stages >= 3), key=cost)

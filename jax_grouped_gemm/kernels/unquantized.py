@@ -1,10 +1,12 @@
 """Grouped matrix multiplication without quantisation, and its two gradients.
 
-jax.lax.ragged_dot on GPUs; the scans of reference.py on CPUs, where
+The kernels for 16-bit operands where they are asked for; else
+jax.lax.ragged_dot on GPUs and the scans of reference.py on CPUs, where
 jax.lax.ragged_dot is a dense product and costs g times the arithmetic.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,17 @@ from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from jax_grouped_gemm.kernels import reference
+from jax_grouped_gemm import implementation as implementations
+from jax_grouped_gemm.kernels import (
+  k_grouped_bf16,
+  m_grouped_bf16,
+  reference,
+  tuning,
+)
+from jax_grouped_gemm.manual_axes import vary_alike
+
+_KERNEL_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+_ROW_ALIGN, _COL_ALIGN = 8, 64  # of what TMA loads into swizzled SMEM tiles.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +34,24 @@ class Unquantized:
 
   Attributes:
     precision: as jax.lax.ragged_dot has it.
-    use_lax: whether jax.lax.ragged_dot computes.
+    implementation: "mosaic_gpu" or "interpret" for the kernels. They have not
+      been measured, so that None does not mean them yet.
+    use_lax: whether jax.lax.ragged_dot computes what the kernels do not.
     has_offset: whether the first group may start past the first row.
   """
 
   precision: lax.PrecisionLike
+  implementation: str | None
   use_lax: bool
   has_offset: bool
+
+  def _use_kernels(self, lhs, rhs) -> bool:
+    return (
+      self.implementation in ("mosaic_gpu", "interpret")
+      and lhs.dtype == rhs.dtype
+      and lhs.dtype in _KERNEL_DTYPES
+      and lhs.size * rhs.size > 0
+    )
 
   def product(
     self,
@@ -39,6 +62,8 @@ class Unquantized:
     dtype: DTypeLike,
   ) -> Float[Array, "m n"]:
     """out[r] = lhs[r] @ rhs[group of r], 0 for rows of no group."""
+    if self._use_kernels(lhs, rhs):
+      return self._m_grouped(lhs, rhs, starts, ends, dtype, transposed=False)
     if not self.use_lax:
       return reference.m_grouped_matmul(
         lhs,
@@ -66,6 +91,8 @@ class Unquantized:
     dtype: DTypeLike,
   ) -> Float[Array, "m k"]:
     """dlhs[r] = dout[r] @ rhs[group of r].T, 0 for rows of no group."""
+    if self._use_kernels(dout, rhs):
+      return self._m_grouped(dout, rhs, starts, ends, dtype, transposed=True)
     if not self.use_lax:
       return reference.m_grouped_matmul(
         dout,
@@ -95,6 +122,9 @@ class Unquantized:
     dtype: DTypeLike,
   ) -> Float[Array, "g k n"]:
     """drhs[g] = lhs[rows of g].T @ dout[rows of g]."""
+    if self._use_kernels(lhs, dout):
+      interpret = self.implementation == "interpret"
+      return _k_grouped(lhs, dout, starts, ends, dtype, interpret)
     if not self.use_lax:
       return reference.k_grouped_matmul(
         lhs, dout, starts, ends, precision=self.precision
@@ -111,6 +141,10 @@ class Unquantized:
     dout = self._gather_rows(dout, starts, ends)
     return _vmappable(gradient)(lhs, dout, ends - starts)
 
+  def _m_grouped(self, lhs, rhs, starts, ends, dtype, transposed):
+    interpret = self.implementation == "interpret"
+    return _m_grouped(lhs, rhs, starts, ends, dtype, transposed, interpret)
+
   def _ragged_dot(self, lhs, rhs, sizes, dtype):
     return lax.ragged_dot(
       lhs, rhs, sizes, self.precision, preferred_element_type=dtype
@@ -126,6 +160,58 @@ class Unquantized:
     """Moves rows back to where _gather_rows took them from."""
     x = _keep_first(x, jnp.sum(ends - starts))
     return jnp.roll(x, starts[0], axis=0) if self.has_offset else x
+
+
+@functools.partial(
+  jax.jit, static_argnames=("dtype", "transposed", "interpret")
+)
+def _m_grouped(lhs, rhs, starts, ends, dtype, transposed, interpret):
+  m, n = lhs.shape[0], rhs.shape[1 if transposed else 2]
+  out_dtype = _kernel_out_dtype(dtype)
+  out = m_grouped_bf16.m_grouped_bf16(
+    _stored(lhs, interpret),
+    _stored(rhs, interpret),
+    # The rows before the first group are one that rhs does not hold.
+    jnp.concatenate([starts[:1], ends - starts]),
+    jnp.ones((1,), jnp.int32),
+    transposed=transposed,
+    m=m,
+    n=n,
+    out_dtype=out_dtype,
+    config=tuning.m_grouped_bf16_config(n, out_dtype),
+    interpret=interpret,
+  )
+  return vary_alike(out.astype(dtype), lhs)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+def _k_grouped(lhs, rhs, starts, ends, dtype, interpret):
+  m, n, out_dtype = lhs.shape[1], rhs.shape[1], _kernel_out_dtype(dtype)
+  out = k_grouped_bf16.k_grouped_bf16(
+    _stored(lhs, interpret),
+    _stored(rhs, interpret),
+    starts,
+    ends,
+    m=m,
+    n=n,
+    out_dtype=out_dtype,
+    config=tuning.k_grouped_bf16_config(n, out_dtype),
+    interpret=interpret,
+  )
+  return vary_alike(out.astype(dtype), lhs)[0]
+
+
+def _kernel_out_dtype(dtype):
+  return dtype if dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+
+
+def _stored(x: Array, interpret: bool) -> Array:
+  """Pads to what the kernels read; a copy only if something is missing."""
+  *_, rows, cols = x.shape
+  missing = [(0, 0)] * (x.ndim - 2)
+  missing += [(0, -rows % _ROW_ALIGN), (0, -cols % _COL_ALIGN)]
+  x = jnp.pad(x, missing)
+  return x if interpret else implementations.cuda_only(x)
 
 
 def _keep_first(x, count):
