@@ -19,7 +19,8 @@ class Config:
   """Static choices of one kernel launch. Sizes are in elements.
 
   Attributes:
-    tile_n: columns of out that one CTA computes at a time: 64, 128 or 192.
+    tile_n: columns of out that one CTA computes at a time: 64, 128, 192, or 256
+      for 16-bit operands, whose sums stay in the tensor cores' accumulators.
     compute_wgs: warpgroups of a CTA that multiply, 2 or 3, each 64 rows of out;
       one more loads. With 3, registers suffice for tile_n of 64 and 128 only.
     num_stages: slots of shared memory between loading and multiplying.
@@ -41,7 +42,7 @@ class Config:
 
   def __post_init__(self):
     for name, allowed in {
-      "tile_n": (64, 128, 192),
+      "tile_n": (64, 128, 192, 256),
       "compute_wgs": (2, 3),
       "cluster": (1, 2),
       "multicast": ("lhs", "rhs"),
@@ -55,8 +56,8 @@ class Config:
         raise ValueError(
           f"{name} must be at least {least}, got {getattr(self, name)}"
         )
-    if self.compute_wgs == 3 and self.tile_n == 192:
-      raise ValueError("tile_n=192 needs compute_wgs=2, got 3")
+    if self.compute_wgs == 3 and self.tile_n > 128:
+      raise ValueError(f"tile_n={self.tile_n} needs compute_wgs=2, got 3")
     if self.num_sms is not None and self.num_sms < self.cluster:
       raise ValueError(
         f"num_sms must be at least cluster={self.cluster}, got {self.num_sms}"

@@ -44,6 +44,37 @@ def load_slices(empty: Ref, num_stages: int, k_iters, step, load_slice):
   return lax.fori_loop(0, k_iters, load_next, step)
 
 
+def load_operands(
+  config: Config, lhs, lhs_slot, rhs, rhs_slot, full, one_group
+):
+  """Loads a k slice of both operands, shared in the cluster as config says.
+
+  `one_group`: whether all of its CTAs multiply by the same columns of rhs.
+  """
+  multicast = config.multicast if config.cluster > 1 else None
+
+  def copy(src, dst, is_shared=False):
+    axes = "cta" if is_shared else None
+    plgpu.copy_gmem_to_smem(src, dst, full, collective_axes=axes)
+
+  copy(lhs, lhs_slot, multicast == "lhs")
+  if multicast == "rhs":
+    pl.when(one_group)(lambda: copy(rhs, rhs_slot, is_shared=True))
+    pl.when(~one_group)(lambda: copy(rhs, rhs_slot))
+  else:
+    copy(rhs, rhs_slot)
+
+
+def skip_slices(refs, num_stages: int, k_iters, step):
+  """Releases the slots of a tile that the warpgroup has nothing to do with."""
+
+  @pl.loop(0, k_iters)
+  def release_slot(ki):
+    slot = lax.rem(step + ki, num_stages)
+    plgpu.barrier_wait(refs.full.at[slot])
+    plgpu.barrier_arrive(refs.empty.at[slot])
+
+
 def drain(empty: Ref, num_slots: int, steps):
   """Waits until every slot used in `steps` steps has been released.
 

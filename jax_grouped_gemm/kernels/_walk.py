@@ -4,6 +4,7 @@ Group sizes are read where the tiles are made, inside the kernel, so that a call
 is one launch.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_grouped_gemm.config import TILE_SLOTS, Config
+from jax_grouped_gemm.config import TILE_SLOTS, WGMMA_M, Config
+from jax_grouped_gemm.kernels import _pipeline
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 ROW_ALIGN = 8  # TMA addresses rows of swizzled SMEM tiles in groups of 8.
@@ -159,6 +161,65 @@ class Walk:
 # ---------------------------------------------------------------- queue
 
 
+def load_tiles(refs, config: Config, k_iters: int, load_tile):
+  """Announces this CTA's tiles and loads them. Returns the slots it filled.
+
+  First those of groups that rhs holds, by load_tile(i, tile, one_group,
+  k_iters, step), which returns the step after the tile. Then those of other
+  rows, which are zeros. Each followed by an end.
+  """
+  shape = (*refs.out_gmem.shape, refs.rhs_gmem.shape[0])
+  walk = functools.partial(
+    Walk, refs.group_sizes_gmem, refs.group_offset_gmem, shape, config
+  )
+
+  def load_tiles_of(walk: Walk, first_group, first, step):
+    def load_next(state):
+      i, step, group, _ = state
+      index = lax.axis_index("sm") + (i - first) * lax.axis_size("sm")
+      group = walk.find_group(index, group)
+      is_tile = walk.is_left(group)
+      tile, one_group = walk.tile(index, group)
+      announce(
+        refs, i, tile._replace(group=lax.select(is_tile, tile.group, END))
+      )
+      if walk.in_rhs:
+        step = load_tile(
+          i, tile, one_group, lax.select(is_tile, k_iters, 0), step
+        )
+      return i + 1, step, group, is_tile
+
+    state = first, step, first_group, True
+    return lax.while_loop(lambda state: state[-1], load_next, state)[:3]
+
+  zero = jnp.int32(0)
+  of_rhs, of_others = walk(in_rhs=True), walk(in_rhs=False)
+  i, step, end = load_tiles_of(of_rhs, of_rhs.first_group(zero), zero, zero)
+  # Spares a second walk if there are no other rows.
+  index = lax.select(end.rows < of_others.m, zero, end.index)
+  i, *_ = load_tiles_of(of_others, of_others.first_group(index), i, zero)
+  _pipeline.drain(refs.tiles_empty, TILE_SLOTS, i)
+  return step
+
+
+def for_each_tile(refs, fn, i, step):
+  """Calls `step = fn(i, tile, step)` for the tiles announced up to an end.
+
+  Returns the index after the end.
+  """
+
+  def run(state):
+    i, step, _ = state
+    step = fn(i, read_tile(refs, i), step)
+    release_tile(refs, i)
+    return i + 1, step, is_tile(refs, i + 1)
+
+  state = i, step, is_tile(refs, i)
+  i, *_ = lax.while_loop(lambda state: state[-1], run, state)
+  release_tile(refs, i)
+  return i + 1
+
+
 def queue_types(config: Config):
   """The scratch that the functions below expect in refs."""
   return dict(
@@ -194,6 +255,12 @@ def is_tile(refs, i):
   """Waits until tile i is announced. False: it is the end."""
   plgpu.barrier_wait(refs.tiles_full.at[lax.rem(i, TILE_SLOTS)])
   return read_tile(refs, i).group != END
+
+
+def has_rows(tile: Tile):
+  """Whether the warpgroup has any; in a group's last tile it may not."""
+  first_row = lax.axis_index("wg") * WGMMA_M
+  return (tile.size > 0) & (first_row < tile.offset + tile.size)
 
 
 def release_tile(refs, i):
