@@ -31,7 +31,7 @@ from jax_grouped_gemm.config import (
   WGMMA_M,
   Config,
 )
-from jax_grouped_gemm.kernels import _epilogue, _pipeline
+from jax_grouped_gemm.kernels import _epilogue, _k_tiles, _pipeline
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 
@@ -55,31 +55,6 @@ class _Refs(NamedTuple):
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   turn: Ref  # (stages,): see _pipeline.accumulate
   accumulator_full: Ref | None  # (wg,) one arrival per slice
-
-
-def _for_each_tile(refs: _Refs, config: Config, fn):
-  """Runs `step = fn(group, mi, ni, step)` on this CTA's share of the tiles.
-
-  `step` counts k slices and so tells the slot of SMEM.
-  """
-  groups, m, n = refs.out_gmem.shape
-  plane = (
-    pl.cdiv(m, config.tile_m),
-    pl.cdiv(n, config.tile_n * config.cluster),
-  )
-
-  @plgpu.nd_loop(
-    (groups, plane[0] * plane[1]),
-    collective_axes="sm",
-    init_carry=jnp.int32(0),
-  )
-  def last_step(info, carry):
-    group, index = info.index
-    mi, ni = plgpu.planar_snake(index, plane, 1, config.raster_width)
-    ni = ni * config.cluster + lax.axis_index("cta")
-    return fn(group, mi, ni, carry)
-
-  return last_step
 
 
 def _k_iters(refs: _Refs, group):
@@ -144,49 +119,11 @@ def _compute_tile(
   refs: _Refs, config: Config, group, mi, ni, step, *, interpret: bool
 ):
   """Computes one tile and stores it."""
-  wg = lax.axis_index("wg")
-  slices, slice_n = refs.out_smem.shape[1], refs.out_smem.shape[3]
   k_iters = _k_iters(refs, group)
-
-  rows = pl.ds(mi * config.tile_m + wg * WGMMA_M, WGMMA_M)
-  cols = [ni * config.tile_n + j * slice_n for j in range(slices)]
-
-  # Before out_smem is written again.
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-  if refs.accumulator_gmem is not None:
-    for j in range(slices):
-      plgpu.copy_gmem_to_smem(
-        refs.accumulator_gmem.at[group, rows, pl.ds(cols[j], slice_n)],
-        refs.out_smem.at[wg, j],
-        refs.accumulator_full.at[wg],
-      )
-
-  def stage(value):
-    """Writes (64, tile_n) to out_smem, on top of the accumulator."""
-    if refs.accumulator_gmem is not None:
-      plgpu.barrier_wait(refs.accumulator_full.at[wg])
-    for j in range(slices):
-      part = value[:, j * slice_n : (j + 1) * slice_n]
-      if refs.accumulator_gmem is not None:
-        part = part + plgpu.load(
-          refs.out_smem.at[wg, j], layout=plgpu.Layout.WGMMA
-        )
-      refs.out_smem[wg, j] = part.astype(refs.out_gmem.dtype)
-
-  @pl.when(k_iters > 0)
-  def stage_products():
-    stage(_accumulate_tile(refs, config, group, step, interpret))
-
-  @pl.when(k_iters == 0)
-  def stage_zeros():
-    stage(_pipeline.wgmma_zeros((WGMMA_M, config.tile_n)))
-
-  plgpu.commit_smem()
-  for j in range(slices):
-    _epilogue.store_slice(
-      refs.out_smem.at[wg, j], refs.out_gmem.at[group], rows, cols[j]
-    )
-  plgpu.commit_smem_to_gmem_group()
+  accumulate = functools.partial(
+    _accumulate_tile, refs, config, group, step, interpret
+  )
+  _k_tiles.store_tile(refs, config, group, mi, ni, k_iters, accumulate)
   return step + k_iters
 
 
@@ -220,7 +157,7 @@ def k_grouped_gemm(
   missing_n = -n % slice_n
 
   def for_each_tile(fn):
-    return lambda refs: _for_each_tile(
+    return lambda refs: _k_tiles.for_each_tile(
       refs, config, functools.partial(fn, refs, config)
     )
 
