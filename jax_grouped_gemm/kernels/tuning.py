@@ -45,6 +45,12 @@ _K_GROUPED_RATES = {
   (64, 1): 0.5,
 }
 
+# 16-bit operands: rates of tile_n, and of the CTAs that share lhs, relative to
+# the best. Estimates. Two slots are too few to hide the loads.
+_BF16_RATES = {256: 1.0, 192: 0.97, 128: 0.9, 64: 0.6}
+_BF16_CLUSTER_RATES = {2: 1.0, 1: 0.95}
+_BF16_LEAST_STAGES = 3
+
 # ---------------------------------------------------------------- table
 
 
@@ -172,3 +178,39 @@ def k_grouped_config(
     raster_width=4,  # 1 % above 8: 4 groups of ~8192, 4096, 7168, H200.
   )
   return most_stages(best, out_dtype, None)
+
+
+def m_grouped_bf16_config(n: int, out_dtype: DTypeLike) -> Config:
+  """The config of an M-grouped GEMM of 16-bit operands, n columns of out."""
+  return _bf16_config(n, out_dtype, raster_width=8)
+
+
+def k_grouped_bf16_config(n: int, out_dtype: DTypeLike) -> Config:
+  """The config of a K-grouped GEMM of 16-bit operands, n columns of out."""
+  return _bf16_config(n, out_dtype, raster_width=4)
+
+
+def _bf16_config(n: int, out_dtype: DTypeLike, raster_width: int) -> Config:
+  """The fastest by the rates, columns in vain included, with most stages."""
+
+  def time(config: Config):
+    columns = config.tile_n * config.cluster
+    rate = _BF16_RATES[config.tile_n] * _BF16_CLUSTER_RATES[config.cluster]
+    return -(-n // columns) * columns / rate, -config.num_stages
+
+  configs = [
+    Config(
+      tile_n=tile_n,
+      cluster=cluster,
+      num_stages=stages,
+      raster_width=raster_width,
+    )
+    for tile_n, cluster, stages in itertools.product(
+      _BF16_RATES,
+      _BF16_CLUSTER_RATES,
+      range(_BF16_LEAST_STAGES, _MAX_STAGES + 1),
+    )
+  ]
+  # A slot has as many bytes as one of FP8 operands; there are no scales.
+  fit = [c for c in configs if c.smem_bytes(out_dtype, 0) <= SMEM_BYTES]
+  return min(fit, key=time)

@@ -1,10 +1,12 @@
 """Grouped matrix multiplication without quantisation, and its two gradients.
 
-jax.lax.ragged_dot on GPUs; the scans of reference.py on CPUs, where
+The kernels for 16-bit operands where they are asked for; else
+jax.lax.ragged_dot on GPUs and the scans of reference.py on CPUs, where
 jax.lax.ragged_dot is a dense product and costs g times the arithmetic.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,22 @@ from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from jax_grouped_gemm.kernels import reference
+from jax_grouped_gemm import implementation as implementations
+from jax_grouped_gemm.kernels import (
+  k_grouped_bf16,
+  m_grouped_bf16,
+  reference,
+  tuning,
+)
+from jax_grouped_gemm.manual_axes import vary_alike
+
+# Whether implementation=None means the kernels on a Hopper GPU. They have not
+# been measured yet.
+_KERNELS_BY_DEFAULT = False
+
+_KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
+_KERNEL_OUT_DTYPES = (*_KERNEL_DTYPES, jnp.float32)
+_ROW_ALIGN, _COL_ALIGN = 8, 64  # of what TMA loads into swizzled SMEM tiles.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +38,15 @@ class Unquantized:
   """The products of ragged_dot. Groups are rows [starts, ends), in sequence.
 
   Attributes:
-    precision: as jax.lax.ragged_dot has it.
-    use_lax: whether jax.lax.ragged_dot computes.
+    precision: as jax.lax.ragged_dot has it. The kernels' products of 16-bit
+      operands are exact, their sums float32.
+    implementation: as in ragged_dot.
+    use_lax: whether jax.lax.ragged_dot computes what the kernels do not.
     has_offset: whether the first group may start past the first row.
   """
 
   precision: lax.PrecisionLike
+  implementation: str | None
   use_lax: bool
   has_offset: bool
 
@@ -39,6 +59,11 @@ class Unquantized:
     dtype: DTypeLike,
   ) -> Float[Array, "m n"]:
     """out[r] = lhs[r] @ rhs[group of r], 0 for rows of no group."""
+    chosen = self._choose(lhs, rhs)
+    if chosen != "xla":
+      return _m_grouped(
+        lhs, rhs, starts, ends, dtype, transposed=False, implementation=chosen
+      )
     if not self.use_lax:
       return reference.m_grouped_matmul(
         lhs,
@@ -66,6 +91,11 @@ class Unquantized:
     dtype: DTypeLike,
   ) -> Float[Array, "m k"]:
     """dlhs[r] = dout[r] @ rhs[group of r].T, 0 for rows of no group."""
+    chosen = self._choose(dout, rhs)
+    if chosen != "xla":
+      return _m_grouped(
+        dout, rhs, starts, ends, dtype, transposed=True, implementation=chosen
+      )
     if not self.use_lax:
       return reference.m_grouped_matmul(
         dout,
@@ -95,6 +125,9 @@ class Unquantized:
     dtype: DTypeLike,
   ) -> Float[Array, "g k n"]:
     """drhs[g] = lhs[rows of g].T @ dout[rows of g]."""
+    chosen = self._choose(lhs, dout)
+    if chosen != "xla":
+      return _k_grouped(lhs, dout, starts, ends, dtype, implementation=chosen)
     if not self.use_lax:
       return reference.k_grouped_matmul(
         lhs, dout, starts, ends, precision=self.precision
@@ -111,6 +144,21 @@ class Unquantized:
     dout = self._gather_rows(dout, starts, ends)
     return _vmappable(gradient)(lhs, dout, ends - starts)
 
+  def _choose(self, x, y) -> str:
+    """Returns the implementation of a product of x and y."""
+    if x.size * y.size == 0:
+      return "xla"
+    unsupported = None
+    if x.dtype != y.dtype or x.dtype not in _KERNEL_DTYPES:
+      unsupported = (
+        "multiplies two bfloat16 or two float16 operands where the recipe does "
+        f"not quantise, got {x.dtype} and {y.dtype}"
+      )
+    by_default = None if _KERNELS_BY_DEFAULT else "xla"
+    return implementations.choose(
+      self.implementation or by_default, unsupported
+    )
+
   def _ragged_dot(self, lhs, rhs, sizes, dtype):
     return lax.ragged_dot(
       lhs, rhs, sizes, self.precision, preferred_element_type=dtype
@@ -126,6 +174,81 @@ class Unquantized:
     """Moves rows back to where _gather_rows took them from."""
     x = _keep_first(x, jnp.sum(ends - starts))
     return jnp.roll(x, starts[0], axis=0) if self.has_offset else x
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def _m_grouped(lhs, rhs, starts, ends, dtype, *, transposed, implementation):
+  """out[r] = lhs[r] @ rhs[group of r], or rhs[..].T, if transposed."""
+  n, out_dtype = rhs.shape[1 if transposed else 2], _kernel_out_dtype(dtype)
+  # The rows before the first group are one that rhs does not hold.
+  sizes = jnp.concatenate([starts[:1], ends - starts])
+  return _run_kernel(
+    m_grouped_bf16.m_grouped_bf16,
+    (lhs, rhs),
+    sizes,
+    jnp.ones((1,), jnp.int32),
+    m=lhs.shape[0],
+    n=n,
+    transposed=transposed,
+    out_dtype=out_dtype,
+    config=tuning.m_grouped_bf16_config(n, out_dtype),
+    interpret=implementation == "interpret",
+  ).astype(dtype)
+
+
+def _k_grouped(lhs, rhs, starts, ends, dtype, *, implementation):
+  """out[g] = lhs[rows of g].T @ rhs[rows of g]."""
+  n, out_dtype = rhs.shape[1], _kernel_out_dtype(dtype)
+  return _run_kernel(
+    k_grouped_bf16.k_grouped_bf16,
+    (lhs, rhs),
+    starts,
+    ends,
+    m=lhs.shape[1],
+    n=n,
+    out_dtype=out_dtype,
+    config=tuning.k_grouped_bf16_config(n, out_dtype),
+    interpret=implementation == "interpret",
+  ).astype(dtype)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    *("kernel", "m", "n", "transposed", "out_dtype", "config", "interpret"),
+  ),
+)
+def _run_kernel(kernel, operands, *indices, interpret: bool, **static):
+  lhs, rhs = (_stored(x) for x in operands)
+  out = kernel(
+    lhs if interpret else implementations.cuda_only(lhs),
+    rhs,
+    *indices,
+    interpret=interpret,
+    **static,
+  )
+  # Pallas calls the results of kernels the same on all devices (jax 0.11.2).
+  return vary_alike(out, lhs)[0]
+
+
+def _kernel_out_dtype(dtype: DTypeLike):
+  dtype = jnp.dtype(dtype)
+  return dtype if dtype in _KERNEL_OUT_DTYPES else jnp.dtype(jnp.float32)
+
+
+def _stored(x: Array) -> Array:
+  """Pads to what the kernels read; a copy only if something is missing."""
+  *batch, rows, cols = x.shape
+  missing = [(0, 0, 0)] * len(batch) + [
+    (0, -rows % _ROW_ALIGN, 0),
+    (0, -cols % _COL_ALIGN, 0),
+  ]
+  return lax.pad(x, jnp.zeros((), x.dtype), missing)
+
+
+# ---------------------------------------------------------------- jax.lax
 
 
 def _keep_first(x, count):

@@ -1,4 +1,4 @@
-"""The M-grouped kernel of 16-bit operands, in the interpreter, races included."""
+"""The M-grouped kernel of 16-bit operands, in the interpreter, with races."""
 
 import functools
 
@@ -31,21 +31,18 @@ def run(
   check(gemm(*operands), *expected)
 
 
-@TRANSPOSED
 @pytest.mark.parametrize(
-  "tile_n, compute_wgs, cluster, multicast",
+  "tile_n, compute_wgs, cluster, multicast, transposed",
   [
-    (64, 2, 2, "rhs"),
-    (128, 3, 2, "lhs"),
-    (128, 3, 2, "rhs"),
-    (192, 2, 1, "lhs"),
-    (256, 2, 2, "lhs"),
+    (128, 3, 2, "rhs", True),
+    (192, 2, 1, "lhs", True),
+    (256, 2, 2, "lhs", False),
   ],
 )
 def test_every_tile(
   interpreter, tile_n, compute_wgs, cluster, multicast, transposed
 ):
-  """Columns: of a cluster's tiles and 16 more, not a whole 128 bytes."""
+  """Columns: of a tile and 16 more, not a whole 128 bytes."""
   config = Config(
     tile_n=tile_n,
     compute_wgs=compute_wgs,
@@ -58,8 +55,9 @@ def test_every_tile(
     run([100, 0, 37, 200], 345, tile_n + 16, 304, config, transposed)
 
 
-@TRANSPOSED
-@pytest.mark.parametrize("config", [SMALL, SHARED_RHS])
+@pytest.mark.parametrize(
+  "config, transposed", [(SMALL, True), (SHARED_RHS, False)]
+)
 def test_ragged_and_hostile_sizes(interpreter, config, transposed):
   gemm = jitted(
     m=300, n=64, transposed=transposed, out_dtype=jnp.bfloat16, config=config
@@ -75,21 +73,22 @@ def test_ragged_and_hostile_sizes(interpreter, config, transposed):
       check(gemm(*operands), *expected, label=sizes)
 
 
-@pytest.mark.parametrize("k", [16, 64, 128, 192])
+@pytest.mark.parametrize("k", [16, 128])
 def test_every_number_of_slices(interpreter, k):
   """Of one, the first is the last; of two, none is amid."""
   with interpreter():
     run([9, 4], 13, 64, k, SMALL, transposed=False)
 
 
-@pytest.mark.parametrize("out", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+  "dtype, out", [(jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float16)]
+)
 def test_dtypes(interpreter, dtype, out):
   with interpreter():
     run([9, 4], 13, 40, 64, SMALL, False, dtype, out)
 
 
-@pytest.mark.parametrize("offset", [-1, 1, 4])
+@pytest.mark.parametrize("offset", [-1, 1])
 def test_group_offset(interpreter, offset):
   """rhs holds 2 of 4 groups, from the offset on; rows of others are zero."""
   m, sizes = 300, [20, 140, 0, 137]
