@@ -13,6 +13,7 @@ _INPUT_DTYPES = tuple(
   map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64))
 )
 _KERNEL_OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+_MAX_TILE_N = 192
 _KERNEL_ALIGN = 16  # of the sizes that kernels support.
 
 
@@ -108,7 +109,7 @@ def check_expected_m(expected_m: int | None, max_m: int) -> int:
 def check_m_grouped_config(config, out_dtype, k: int):
   """Raises if no M-grouped kernel can run with it."""
   if _has_type(config, (Config, SmallGroupsConfig)):
-    _check_smem(config, out_dtype, k)
+    _check_fits(config, out_dtype, k)
 
 
 def check_k_grouped_config(config, out_dtype):
@@ -124,7 +125,7 @@ def check_k_grouped_config(config, out_dtype):
       raise NotImplementedError(
         f"K-grouped needs {name} of at most {most}, got {getattr(config, name)}"
       )
-  _check_smem(config, out_dtype, None)
+  _check_fits(config, out_dtype, None)
 
 
 def _has_type(config, types) -> bool:
@@ -135,7 +136,12 @@ def _has_type(config, types) -> bool:
   return config is not None
 
 
-def _check_smem(config, out_dtype, k: int | None):
+def _check_fits(config, out_dtype, k: int | None):
+  if config.tile_n > _MAX_TILE_N:
+    raise NotImplementedError(
+      f"registers suffice for FP8 products of tile_n={_MAX_TILE_N} and their "
+      f"sums, got {config.tile_n}"
+    )
   needed = config.smem_bytes(out_dtype, k)
   if needed > SMEM_BYTES:
     raise ValueError(

@@ -98,9 +98,9 @@ def ragged_dot(
     group_offset: the first of the groups in group_sizes that rhs holds.
     out_sharding: of the result, on a mesh of explicit axes.
     recipe: which products are quantised, and how.
-    implementation: of the quantised products, as in m_grouped_gemm. Of those
-      that are not, None means jax.lax.ragged_dot or, on a CPU, XLA, as for
-      operands that are not both bfloat16 or both float16.
+    implementation: as in m_grouped_gemm. Of the products that are not
+      quantised, None means jax.lax.ragged_dot or, on a CPU, "xla"; the kernels
+      multiply two bfloat16 or two float16 operands.
   """
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
   if not isinstance(recipe, Recipe):
@@ -122,10 +122,7 @@ def ragged_dot(
     # jax.lax.ragged_dot has group_offset, but does not implement it.
     jax.ShapeDtypeStruct(rhs.shape[:1], group_sizes.dtype),
   )
-  use_lax = (
-    implementation == "mosaic_gpu"
-    or implementations.default_device().platform != "cpu"
-  )
+  use_lax = implementations.default_device().platform != "cpu"
   call = _Call(
     recipe=recipe,
     implementation=implementation,

@@ -223,6 +223,12 @@ CASES = [
   ),
   # What the kernels do not support.
   (
+    m_grouped,
+    {"config": Config(tile_n=256)},
+    NotImplementedError,
+    "registers suffice .* tile_n=192 and their sums, got 256",
+  ),
+  (
     k_grouped,
     {"config": Config(tile_n=128, multicast="rhs")},
     NotImplementedError,

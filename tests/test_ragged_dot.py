@@ -4,6 +4,7 @@ What is quantised is quantised here too, with the public `quantize`; products
 are float64, and bounds are what rounding float32 sums may cost (oracle.check).
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from unquantized_paths import by_lax_ragged_dot
 
 from jax_grouped_gemm import (
   Config,
@@ -48,8 +50,12 @@ def operands(m=M, k=K, n=N, g=G, dtypes=(jnp.float32,) * 3, seed=0):
   )
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="implementation")
-def run(recipe, lhs, rhs, dout, sizes, offset=None, implementation=None):
+@functools.partial(
+  jax.jit, static_argnums=0, static_argnames=("implementation", "by_lax")
+)
+def run(
+  recipe, lhs, rhs, dout, sizes, offset=None, implementation=None, by_lax=False
+):
   """Returns out, d(lhs) and d(rhs)."""
   dot = functools.partial(
     ragged_dot,
@@ -59,8 +65,9 @@ def run(recipe, lhs, rhs, dout, sizes, offset=None, implementation=None):
     recipe=recipe,
     implementation=implementation,
   )
-  out, vjp = jax.vjp(dot, lhs, rhs)
-  return out, *vjp(dout)
+  with by_lax_ragged_dot() if by_lax else contextlib.nullcontext():
+    out, vjp = jax.vjp(dot, lhs, rhs)
+    return out, *vjp(dout)
 
 
 def straight_through(recipe, lhs, rhs, dout, sizes, offset=None):
@@ -107,11 +114,9 @@ def straight_through(recipe, lhs, rhs, dout, sizes, offset=None):
     )
 
 
-def check(recipe, lhs, rhs, dout, sizes, offset=None, implementation=None):
+def check(recipe, lhs, rhs, dout, sizes, offset=None, **static):
   sizes = jnp.asarray(sizes)
-  results = run(
-    recipe, lhs, rhs, dout, sizes, offset, implementation=implementation
-  )
+  results = run(recipe, lhs, rhs, dout, sizes, offset, **static)
   expected = straight_through(recipe, lhs, rhs, dout, sizes, offset)
   dtypes = dout.dtype, lhs.dtype, rhs.dtype
   for result, ref, dtype in zip(results, expected, dtypes, strict=True):
@@ -287,8 +292,8 @@ def test_positional_arguments():
   np.testing.assert_array_equal(out, offset)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
-def test_precision_reaches_all_products(implementation):
+@pytest.mark.parametrize("by_lax", [False, True])
+def test_precision_reaches_all_products(by_lax):
   lhs, rhs, dout = operands(11, 32, 48, 3)
 
   def loss(lhs, rhs):
@@ -298,11 +303,11 @@ def test_precision_reaches_all_products(implementation):
       jnp.array([3, 0, 5]),
       "highest",
       recipe=BF16,
-      implementation=implementation,
     )
     return jnp.sum(out * dout)
 
-  jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(lhs, rhs))
+  with by_lax_ragged_dot() if by_lax else contextlib.nullcontext():
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(lhs, rhs))
   products = jaxpr.count("dot_general[")
   assert products == 3
   assert jaxpr.count("precision=(Precision.HIGHEST") == products
@@ -318,7 +323,7 @@ def test_unquantized_by_lax(offset):
       *problem,
       sizes,
       offset if offset is None else jnp.array([offset]),
-      implementation="mosaic_gpu",
+      by_lax=True,
     )
 
 
@@ -340,23 +345,23 @@ POISONED = {
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
-  "recipe, implementation",
+  "recipe, by_lax",
   [
-    (FP8, None),
-    (Recipe(gradient_dtype=E5M2), None),
-    (BF16, None),
-    (BF16, "mosaic_gpu"),
+    (FP8, False),
+    (Recipe(gradient_dtype=E5M2), False),
+    (BF16, False),
+    (BF16, True),
   ],
 )
-def test_what_is_not_finite_stays_where_it_is(recipe, implementation, value):
+def test_what_is_not_finite_stays_where_it_is(recipe, by_lax, value):
   """And is seen there: the float64 products are damaged in the same places."""
   for operand, index in POISONED.values():
     # jax.lax.ragged_dot multiplies the weights of all groups by zeros.
-    if implementation and operand == 1:
+    if by_lax and operand == 1:
       continue
     problem = list(operands(11, 32, 48, 3))
     problem[operand] = problem[operand].at[index].set(value)
-    check(recipe, *problem, (4, 0, 4), implementation=implementation)
+    check(recipe, *problem, (4, 0, 4), by_lax=by_lax)
 
 
 # ---------------------------------------------------------------- gradients

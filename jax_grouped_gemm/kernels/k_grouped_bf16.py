@@ -10,7 +10,8 @@ Warpgroups of one CTA, over num_stages slots of SMEM:
   last wg  _load_tile    | wait empty | TMA lhs, rhs -> full
 The accumulators of the tensor cores hold a tile's sums over all rows of the
 group. Its first and last slice may have rows of other groups, which the compute
-warpgroups set to zero in SMEM: in both operands, as 0 * NaN is NaN.
+warpgroups set to zero in SMEM: in both operands, as 0 * NaN is NaN. The CTAs of
+a cluster work on neighbouring columns of one row tile, as in k_grouped.
 """
 
 import functools
@@ -44,7 +45,7 @@ class _Refs(NamedTuple):
   rhs_smem: Ref  # (stages, 64, tile_n)
   out_smem: Ref  # (wg, slices, 64, slice_n): _epilogue.out_smem
   full: Ref  # (stages,) one arrival for rhs, one per compute warpgroup for lhs
-  empty: Ref  # (stages,) one arrival per compute warpgroup
+  empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   masked: Ref  # one arrival per compute warpgroup: foreign rows are zero
   accumulator_gmem: None = None
 
@@ -67,6 +68,7 @@ def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
   """Loads the k slices of one tile into consecutive slots."""
   first_row = _first_row(refs, group)
   cols = pl.ds(ni * config.tile_n, config.tile_n)
+  shared = "cta" if config.cluster > 1 else None
 
   def load_slice(ki, slot):
     row = pl.multiple_of(first_row + ki * SLICE_T, _ROW_ALIGN)
@@ -75,7 +77,8 @@ def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
     copy(refs.rhs_gmem.at[rows, cols], refs.rhs_smem.at[slot], full)
     for wg in range(config.compute_wgs):
       features = pl.ds(mi * config.tile_m + wg * WGMMA_M, WGMMA_M)
-      copy(refs.lhs_gmem.at[rows, features], refs.lhs_smem.at[slot, wg], full)
+      lhs = refs.lhs_gmem.at[rows, features]
+      copy(lhs, refs.lhs_smem.at[slot, wg], full, collective_axes=shared)
 
   return _pipeline.load_slices(
     refs.empty, config.num_stages, _k_iters(refs, group), step, load_slice
@@ -100,40 +103,43 @@ def _accumulate_tile(refs: _Refs, config: Config, group, step):
   def slot_of(ki):
     return lax.rem(step + ki, config.num_stages)
 
-  def release(ki):
-    plgpu.barrier_arrive(refs.empty.at[slot_of(ki)])
+  def start(acc, ki):
+    slot = slot_of(ki)
+    plgpu.wgmma(acc, refs.lhs_smem.at[slot, wg].T, refs.rhs_smem.at[slot])
+
+  def finish_before(ki):
+    """One slice's products stay under way: those before ki have ended."""
+    plgpu.wgmma_wait(1)
+    plgpu.barrier_arrive(refs.empty.at[slot_of(ki - 1)])
+
+  def start_masked(acc, ki):
+    plgpu.barrier_wait(refs.full.at[slot_of(ki)])
+    _mask(refs, group, ki, slot_of(ki))
+    start(acc, ki)
 
   def accumulate(acc):
-    def multiply(ki):
-      slot = slot_of(ki)
-      plgpu.wgmma(acc, refs.lhs_smem.at[slot, wg].T, refs.rhs_smem.at[slot])
+    start_masked(acc, 0)
 
-    def add_slice(ki, _):
+    @pl.loop(1, k_iters - 1)
+    def add_slice(ki):
       plgpu.barrier_wait(refs.full.at[slot_of(ki)])
-      multiply(ki)
-      # The products before these have ended: their slot is free.
-      plgpu.wgmma_wait(1)
-      pl.when(ki > 1)(lambda: release(ki - 1))
+      start(acc, ki)
+      finish_before(ki)
 
-    def add_masked_slice(ki):
-      plgpu.barrier_wait(refs.full.at[slot_of(ki)])
-      _mask(refs, group, ki, slot_of(ki))
-      multiply(ki)
-      plgpu.wgmma_wait(0)
-      release(ki)
+    @pl.when(k_iters > 1)
+    def add_last_slice():
+      start_masked(acc, k_iters - 1)
+      finish_before(k_iters - 1)
 
-    add_masked_slice(0)
-    lax.fori_loop(1, k_iters - 1, add_slice, None)
-    plgpu.wgmma_wait(0)
-    pl.when(k_iters > 2)(lambda: release(k_iters - 2))
-    pl.when(k_iters > 1)(lambda: add_masked_slice(k_iters - 1))
-    return acc[...]
+    sums = acc[...]  # Waits for all.
+    plgpu.barrier_arrive(refs.empty.at[slot_of(k_iters - 1)])
+    return sums
 
   return pl.run_scoped(accumulate, plgpu.ACC((WGMMA_M, config.tile_n)))
 
 
 def _mask(refs: _Refs, group, ki, slot):
-  """Sets the rows of other groups to zero, the first warpgroup those of rhs."""
+  """Sets rows of other groups to zero, if the slot has any."""
   row = _first_row(refs, group) + ki * SLICE_T
   first, last = refs.starts_gmem[group] - row, refs.ends_gmem[group] - row
 
@@ -145,17 +151,20 @@ def _mask(refs: _Refs, group, ki, slot):
     own = (rows >= first) & (rows < last)
     slot_smem[...] = jnp.where(own, value, jnp.zeros_like(value))
 
-  wg = lax.axis_index("wg")
-  pl.when(wg == 0)(lambda: keep_own(refs.rhs_smem.at[slot]))
+  @pl.when((first > 0) | (last < SLICE_T))
+  def mask():
+    wg = lax.axis_index("wg")
+    pl.when(wg == 0)(lambda: keep_own(refs.rhs_smem.at[slot]))
 
-  @pl.when(wg > 0)
-  def mask_lhs():
-    for i in range(refs.lhs_smem.shape[1]):
-      keep_own(refs.lhs_smem.at[slot, i])
+    @pl.when(wg > 0)
+    def mask_lhs():
+      for i in range(refs.lhs_smem.shape[1]):
+        keep_own(refs.lhs_smem.at[slot, i])
 
-  plgpu.commit_smem()
-  plgpu.barrier_arrive(refs.masked)
-  plgpu.barrier_wait(refs.masked)
+    # The tensor cores of both warpgroups read what each has written.
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.masked)
+    plgpu.barrier_wait(refs.masked)
 
 
 # ---------------------------------------------------------------- launch

@@ -126,25 +126,29 @@ def _accumulate_tile(refs: _Refs, config: Config, transposed: bool, step):
   """Returns the warpgroup's (64, tile_n) of out, in float32."""
   rows = _pipeline.warpgroup_rows()
 
+  def slot_of(ki):
+    return lax.rem(step + ki, config.num_stages)
+
   def accumulate(acc):
-    def add_slice(ki, _):
-      slot = lax.rem(step + ki, config.num_stages)
+    def start(ki):
+      slot = slot_of(ki)
       plgpu.barrier_wait(refs.full.at[slot])
       rhs = refs.rhs_smem.at[slot]
       plgpu.wgmma(
         acc, refs.lhs_smem.at[slot, rows], rhs.T if transposed else rhs
       )
-      # The products before these have ended: their slot is free.
+
+    start(0)
+
+    @pl.loop(1, _k_iters(refs))
+    def add_slice(ki):
+      start(ki)
+      # One slice's products stay under way: those before have ended.
       plgpu.wgmma_wait(1)
-      pl.when(ki > 0)(lambda: release(ki - 1))
+      plgpu.barrier_arrive(refs.empty.at[slot_of(ki - 1)])
 
-    def release(ki):
-      slot = lax.rem(step + ki, config.num_stages)
-      plgpu.barrier_arrive(refs.empty.at[slot])
-
-    lax.fori_loop(0, _k_iters(refs), add_slice, None)
-    sums = acc[...]
-    release(_k_iters(refs) - 1)
+    sums = acc[...]  # Waits for all.
+    plgpu.barrier_arrive(refs.empty.at[slot_of(_k_iters(refs) - 1)])
     return sums
 
   return pl.run_scoped(accumulate, plgpu.ACC((WGMMA_M, config.tile_n)))

@@ -58,8 +58,11 @@ _K_GROUPED_RATES = {
   (64, 1): 0.5,
 }
 
-# 16-bit operands: rates of tile_n relative to the best. Estimates.
-_BF16_RATES = {256: 1.0, 192: 0.96, 128: 0.9, 64: 0.6}
+# 16-bit operands: rates of tile_n, and of the CTAs that share lhs, relative to
+# the best. Estimates. Two slots are too few to hide the loads.
+_BF16_RATES = {256: 1.0, 192: 0.97, 128: 0.9, 64: 0.6}
+_BF16_CLUSTER_RATES = {2: 1.0, 1: 0.95}
+_BF16_LEAST_STAGES = 3
 
 # ---------------------------------------------------------------- table
 
@@ -218,24 +221,36 @@ def k_grouped_config(
 
 
 def m_grouped_bf16_config(n: int, out_dtype: DTypeLike) -> Config:
-  """The config of an M-grouped GEMM of 16-bit operands with n columns."""
-  return _bf16_config(n, out_dtype, cluster=2)
+  """The config of an M-grouped GEMM of 16-bit operands, n columns of out."""
+  return _bf16_config(n, out_dtype, raster_width=8)
 
 
 def k_grouped_bf16_config(n: int, out_dtype: DTypeLike) -> Config:
-  """The config of a K-grouped GEMM of 16-bit operands with n columns."""
-  return _bf16_config(n, out_dtype, cluster=1)
+  """The config of a K-grouped GEMM of 16-bit operands, n columns of out."""
+  return _bf16_config(n, out_dtype, raster_width=4)
 
 
-def _bf16_config(n: int, out_dtype: DTypeLike, cluster: int) -> Config:
-  """Has few columns in vain, tiles that are wide, and at least 3 slots."""
+def _bf16_config(n: int, out_dtype: DTypeLike, raster_width: int) -> Config:
+  """The fastest by the rates, columns in vain included, with most stages."""
 
-  def cost(config: Config):
+  def time(config: Config):
     columns = config.tile_n * config.cluster
-    return -(-n // columns) * columns / _BF16_RATES[config.tile_n]
+    rate = _BF16_RATES[config.tile_n] * _BF16_CLUSTER_RATES[config.cluster]
+    return -(-n // columns) * columns / rate, -config.num_stages
 
   configs = [
-    most_stages(Config(tile_n=tile_n, cluster=cluster), out_dtype, 0)
-    for tile_n in _BF16_RATES
+    Config(
+      tile_n=tile_n,
+      cluster=cluster,
+      num_stages=stages,
+      raster_width=raster_width,
+    )
+    for tile_n, cluster, stages in itertools.product(
+      _BF16_RATES,
+      _BF16_CLUSTER_RATES,
+      range(_BF16_LEAST_STAGES, _MAX_STAGES + 1),
+    )
   ]
-  return min((c for c in configs if c.num_stages >= 3), key=cost)
+  # A slot has as many bytes as one of FP8 operands; there are no scales.
+  fit = [c for c in configs if c.smem_bytes(out_dtype, 0) <= SMEM_BYTES]
+  return min(fit, key=time)

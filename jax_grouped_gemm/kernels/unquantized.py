@@ -24,7 +24,12 @@ from jax_grouped_gemm.kernels import (
 )
 from jax_grouped_gemm.manual_axes import vary_alike
 
-_KERNEL_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+# Whether implementation=None means the kernels on a Hopper GPU. They have not
+# been measured yet.
+_KERNELS_BY_DEFAULT = False
+
+_KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
+_KERNEL_OUT_DTYPES = (*_KERNEL_DTYPES, jnp.float32)
 _ROW_ALIGN, _COL_ALIGN = 8, 64  # of what TMA loads into swizzled SMEM tiles.
 
 
@@ -33,9 +38,9 @@ class Unquantized:
   """The products of ragged_dot. Groups are rows [starts, ends), in sequence.
 
   Attributes:
-    precision: as jax.lax.ragged_dot has it.
-    implementation: "mosaic_gpu" or "interpret" for the kernels. They have not
-      been measured, so that None does not mean them yet.
+    precision: as jax.lax.ragged_dot has it. The kernels' products of 16-bit
+      operands are exact, their sums float32.
+    implementation: as in ragged_dot.
     use_lax: whether jax.lax.ragged_dot computes what the kernels do not.
     has_offset: whether the first group may start past the first row.
   """
@@ -44,14 +49,6 @@ class Unquantized:
   implementation: str | None
   use_lax: bool
   has_offset: bool
-
-  def _use_kernels(self, lhs, rhs) -> bool:
-    return (
-      self.implementation in ("mosaic_gpu", "interpret")
-      and lhs.dtype == rhs.dtype
-      and lhs.dtype in _KERNEL_DTYPES
-      and lhs.size * rhs.size > 0
-    )
 
   def product(
     self,
@@ -62,8 +59,11 @@ class Unquantized:
     dtype: DTypeLike,
   ) -> Float[Array, "m n"]:
     """out[r] = lhs[r] @ rhs[group of r], 0 for rows of no group."""
-    if self._use_kernels(lhs, rhs):
-      return self._m_grouped(lhs, rhs, starts, ends, dtype, transposed=False)
+    chosen = self._choose(lhs, rhs)
+    if chosen != "xla":
+      return _m_grouped(
+        lhs, rhs, starts, ends, dtype, transposed=False, implementation=chosen
+      )
     if not self.use_lax:
       return reference.m_grouped_matmul(
         lhs,
@@ -91,8 +91,11 @@ class Unquantized:
     dtype: DTypeLike,
   ) -> Float[Array, "m k"]:
     """dlhs[r] = dout[r] @ rhs[group of r].T, 0 for rows of no group."""
-    if self._use_kernels(dout, rhs):
-      return self._m_grouped(dout, rhs, starts, ends, dtype, transposed=True)
+    chosen = self._choose(dout, rhs)
+    if chosen != "xla":
+      return _m_grouped(
+        dout, rhs, starts, ends, dtype, transposed=True, implementation=chosen
+      )
     if not self.use_lax:
       return reference.m_grouped_matmul(
         dout,
@@ -122,9 +125,9 @@ class Unquantized:
     dtype: DTypeLike,
   ) -> Float[Array, "g k n"]:
     """drhs[g] = lhs[rows of g].T @ dout[rows of g]."""
-    if self._use_kernels(lhs, dout):
-      interpret = self.implementation == "interpret"
-      return _k_grouped(lhs, dout, starts, ends, dtype, interpret)
+    chosen = self._choose(lhs, dout)
+    if chosen != "xla":
+      return _k_grouped(lhs, dout, starts, ends, dtype, implementation=chosen)
     if not self.use_lax:
       return reference.k_grouped_matmul(
         lhs, dout, starts, ends, precision=self.precision
@@ -141,9 +144,20 @@ class Unquantized:
     dout = self._gather_rows(dout, starts, ends)
     return _vmappable(gradient)(lhs, dout, ends - starts)
 
-  def _m_grouped(self, lhs, rhs, starts, ends, dtype, transposed):
-    interpret = self.implementation == "interpret"
-    return _m_grouped(lhs, rhs, starts, ends, dtype, transposed, interpret)
+  def _choose(self, x, y) -> str:
+    """Returns the implementation of a product of x and y."""
+    if x.size * y.size == 0:
+      return "xla"
+    unsupported = None
+    if x.dtype != y.dtype or x.dtype not in _KERNEL_DTYPES:
+      unsupported = (
+        "multiplies two bfloat16 or two float16 operands where the recipe does "
+        f"not quantise, got {x.dtype} and {y.dtype}"
+      )
+    by_default = None if _KERNELS_BY_DEFAULT else "xla"
+    return implementations.choose(
+      self.implementation or by_default, unsupported
+    )
 
   def _ragged_dot(self, lhs, rhs, sizes, dtype):
     return lax.ragged_dot(
@@ -162,56 +176,79 @@ class Unquantized:
     return jnp.roll(x, starts[0], axis=0) if self.has_offset else x
 
 
-@functools.partial(
-  jax.jit, static_argnames=("dtype", "transposed", "interpret")
-)
-def _m_grouped(lhs, rhs, starts, ends, dtype, transposed, interpret):
-  m, n = lhs.shape[0], rhs.shape[1 if transposed else 2]
-  out_dtype = _kernel_out_dtype(dtype)
-  out = m_grouped_bf16.m_grouped_bf16(
-    _stored(lhs, interpret),
-    _stored(rhs, interpret),
-    # The rows before the first group are one that rhs does not hold.
-    jnp.concatenate([starts[:1], ends - starts]),
+# ---------------------------------------------------------------- kernels
+
+
+def _m_grouped(lhs, rhs, starts, ends, dtype, *, transposed, implementation):
+  """out[r] = lhs[r] @ rhs[group of r], or rhs[..].T, if transposed."""
+  n, out_dtype = rhs.shape[1 if transposed else 2], _kernel_out_dtype(dtype)
+  # The rows before the first group are one that rhs does not hold.
+  sizes = jnp.concatenate([starts[:1], ends - starts])
+  return _run_kernel(
+    m_grouped_bf16.m_grouped_bf16,
+    (lhs, rhs),
+    sizes,
     jnp.ones((1,), jnp.int32),
-    transposed=transposed,
-    m=m,
+    m=lhs.shape[0],
     n=n,
+    transposed=transposed,
     out_dtype=out_dtype,
     config=tuning.m_grouped_bf16_config(n, out_dtype),
-    interpret=interpret,
-  )
-  return vary_alike(out.astype(dtype), lhs)[0]
+    interpret=implementation == "interpret",
+  ).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
-def _k_grouped(lhs, rhs, starts, ends, dtype, interpret):
-  m, n, out_dtype = lhs.shape[1], rhs.shape[1], _kernel_out_dtype(dtype)
-  out = k_grouped_bf16.k_grouped_bf16(
-    _stored(lhs, interpret),
-    _stored(rhs, interpret),
+def _k_grouped(lhs, rhs, starts, ends, dtype, *, implementation):
+  """out[g] = lhs[rows of g].T @ rhs[rows of g]."""
+  n, out_dtype = rhs.shape[1], _kernel_out_dtype(dtype)
+  return _run_kernel(
+    k_grouped_bf16.k_grouped_bf16,
+    (lhs, rhs),
     starts,
     ends,
-    m=m,
+    m=lhs.shape[1],
     n=n,
     out_dtype=out_dtype,
     config=tuning.k_grouped_bf16_config(n, out_dtype),
+    interpret=implementation == "interpret",
+  ).astype(dtype)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    *("kernel", "m", "n", "transposed", "out_dtype", "config", "interpret"),
+  ),
+)
+def _run_kernel(kernel, operands, *indices, interpret: bool, **static):
+  lhs, rhs = (_stored(x) for x in operands)
+  out = kernel(
+    lhs if interpret else implementations.cuda_only(lhs),
+    rhs,
+    *indices,
     interpret=interpret,
+    **static,
   )
-  return vary_alike(out.astype(dtype), lhs)[0]
+  # Pallas calls the results of kernels the same on all devices (jax 0.11.2).
+  return vary_alike(out, lhs)[0]
 
 
-def _kernel_out_dtype(dtype):
-  return dtype if dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+def _kernel_out_dtype(dtype: DTypeLike):
+  dtype = jnp.dtype(dtype)
+  return dtype if dtype in _KERNEL_OUT_DTYPES else jnp.dtype(jnp.float32)
 
 
-def _stored(x: Array, interpret: bool) -> Array:
+def _stored(x: Array) -> Array:
   """Pads to what the kernels read; a copy only if something is missing."""
-  *_, rows, cols = x.shape
-  missing = [(0, 0)] * (x.ndim - 2)
-  missing += [(0, -rows % _ROW_ALIGN), (0, -cols % _COL_ALIGN)]
-  x = jnp.pad(x, missing)
-  return x if interpret else implementations.cuda_only(x)
+  *batch, rows, cols = x.shape
+  missing = [(0, 0, 0)] * len(batch) + [
+    (0, -rows % _ROW_ALIGN, 0),
+    (0, -cols % _COL_ALIGN, 0),
+  ]
+  return lax.pad(x, jnp.zeros((), x.dtype), missing)
+
+
+# ---------------------------------------------------------------- jax.lax
 
 
 def _keep_first(x, count):
