@@ -24,8 +24,7 @@ def _peers(benchmark: str, names):
   from benchmarks import gemms
 
   peers = [impl for impl in gemms.IMPLS[benchmark] if impl != "ours"]
-  if benchmark == "m_grouped":
-    peers += torch_peers.IMPLS
+  peers += torch_peers.IMPLS_OF.get(benchmark, ())
   if names == ["all"]:
     return peers
   unknown = [name for name in names if name not in peers]
