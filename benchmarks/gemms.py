@@ -6,16 +6,20 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import masked
 from benchmarks.operands import random_rows, random_weights
 from benchmarks.shapes import Problem
 from benchmarks.timing import measure_us
 from jax_grouped_gemm import (
+  Recipe,
   k_grouped_gemm,
   m_grouped_gemm,
   quantize_for_k_grouped,
+  ragged_dot,
 )
+from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.kernels import tuning
 
 # Largest |row of out - row of the reference| / |row of the reference|. bf16
@@ -62,6 +66,7 @@ class MGrouped:
     ours = functools.partial(m_grouped_gemm, config=config)
     return {
       "ours": lambda: (ours, (self.lhs, self.rhs, self.sizes)),
+      "ours_bf16": lambda: (_ragged_dot_bf16, (*self._bf16(), self.sizes)),
       "lax_ragged_dot": self._lax_ragged_dot,
       "jax_ragged_dot_mgpu": self._ragged_dot_mgpu,
       "tokamax": self._tokamax,
@@ -80,33 +85,11 @@ class MGrouped:
     return jax.lax.ragged_dot, (*self._bf16(), self.sizes)
 
   def _ragged_dot_mgpu(self):
-    module = importlib.import_module(
-      "jax.experimental.pallas.ops.gpu.ragged_dot_mgpu"
-    )
     lhs, rhs = self._bf16()
     if lhs.shape[0] % 8:
       raise Unsupported(f"needs m to be a multiple of 8, got {lhs.shape[0]}")
-    operands, best = (lhs, rhs, self.sizes), None
-    for block_m, block_n, block_k, steps in _MGPU_CONFIGS:
-      fn = functools.partial(
-        _call_mgpu,
-        module.ragged_dot,
-        block_m=block_m,
-        block_n=block_n,
-        block_k=block_k,
-        max_concurrent_steps=steps,
-        grid_block_n=8,
-      )
-      try:
-        us = measure_us(fn, *operands, iterations=3)
-      except Exception as error:  # This config does not fit the problem.
-        last_error = error
-        continue
-      if best is None or us < best[0]:
-        best = us, fn
-    if best is None:
-      raise Unsupported(str(last_error))
-    return best[1], operands
+    operands = lhs, rhs, self.sizes
+    return _fastest_mgpu("ragged_dot", operands), operands
 
   def _tokamax(self):
     tokamax = importlib.import_module("tokamax")
@@ -123,8 +106,52 @@ class MGrouped:
     )
 
 
-def _call_mgpu(ragged_dot, lhs, rhs, sizes, **config):
-  return ragged_dot(lhs, rhs, group_sizes=sizes, **config)
+def _ragged_dot_bf16(lhs, rhs, sizes):
+  """Through our kernel where it runs."""
+  kernels = "mosaic_gpu" if jax.default_backend() == "gpu" else None
+  return ragged_dot(
+    lhs, rhs, sizes, recipe=Recipe.bf16(), implementation=kernels
+  )
+
+
+def _rhs_gradient_bf16(lhs, dout, sizes):
+  """out[g] = lhs[rows of g].T @ dout[rows of g]."""
+  # It does not depend on the weights, nor is the product with them computed.
+  weights = jnp.zeros((sizes.size, lhs.shape[1], dout.shape[1]), lhs.dtype)
+  _, vjp = jax.vjp(lambda rhs: _ragged_dot_bf16(lhs, rhs, sizes), weights)
+  return vjp(dout)[0]
+
+
+def _fastest_mgpu(name: str, operands):
+  """Returns JAX's own kernel with the fastest of a few configs."""
+  module = importlib.import_module(
+    f"jax.experimental.pallas.ops.gpu.{name}_mgpu"
+  )
+  best = None
+  for block_m, block_n, block_k, steps in _MGPU_CONFIGS:
+    fn = functools.partial(
+      _call_mgpu,
+      getattr(module, name),
+      block_m=block_m,
+      block_n=block_n,
+      block_k=block_k,
+      max_concurrent_steps=steps,
+      grid_block_n=8,
+    )
+    try:
+      us = measure_us(fn, *operands, iterations=3)
+    except Exception as error:  # This config does not fit the problem.
+      last_error = error
+      continue
+    if best is None or us < best[0]:
+      best = us, fn
+  if best is None:
+    raise Unsupported(str(last_error))
+  return best[1]
+
+
+def _call_mgpu(kernel, lhs, rhs, sizes, **config):
+  return kernel(lhs, rhs, group_sizes=sizes, **config)
 
 
 class KGrouped:
@@ -151,7 +178,31 @@ class KGrouped:
     (m, t), (n, _), g = self.lhs.shape, self.rhs.shape, self.sizes.size
     config = tuning.k_grouped_config(m, n, t, g)
     ours = functools.partial(k_grouped_gemm, config=config)
-    return {"ours": lambda: (ours, (self.lhs, self.rhs, self.sizes))}
+    return {
+      "ours": lambda: (ours, (self.lhs, self.rhs, self.sizes)),
+      "ours_bf16": lambda: (_rhs_gradient_bf16, self._bf16()),
+      "jax_transposed_ragged_dot_mgpu": self._transposed_ragged_dot_mgpu,
+    }
+
+  def _bf16(self):
+    """Returns lhs (t, m), rhs (t, n) and sizes: tokens without padding."""
+    sizes = np.asarray(self.sizes)
+    padded = sizes + -sizes % SCALE_BLOCK
+    columns = np.concatenate(
+      [
+        start + np.arange(size)
+        for start, size in zip(np.cumsum(padded) - padded, sizes, strict=True)
+      ]
+    )
+    lhs, rhs = (
+      jnp.take(x.dequantize(jnp.bfloat16), columns, axis=1).T
+      for x in (self.lhs, self.rhs)
+    )
+    return lhs, rhs, self.sizes
+
+  def _transposed_ragged_dot_mgpu(self):
+    operands = self._bf16()
+    return _fastest_mgpu("transposed_ragged_dot", operands), operands
 
   def expected(self):
     """Returns the result to compare with, in float32 arithmetic."""
@@ -165,8 +216,14 @@ GEMMS = {
   "decode": masked.Decode,
 }
 IMPLS = {
-  "m_grouped": ("ours", "lax_ragged_dot", "jax_ragged_dot_mgpu", "tokamax"),
-  "k_grouped": ("ours",),
+  "m_grouped": (
+    "ours",
+    "ours_bf16",
+    "lax_ragged_dot",
+    "jax_ragged_dot_mgpu",
+    "tokamax",
+  ),
+  "k_grouped": ("ours", "ours_bf16", "jax_transposed_ragged_dot_mgpu"),
   "masked": ("read", "ours", "ours_m_grouped", "ours_small_groups"),
   "decode": ("read", "ours", "ours_m_grouped"),
 }

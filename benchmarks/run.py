@@ -81,7 +81,7 @@ class TorchPeers:
   def __init__(self):
     self._process = None
 
-  def rows(self, problem: Problem, impls, iterations: int):
+  def rows(self, benchmark: str, problem: Problem, impls, iterations: int):
     """Returns a row for each implementation."""
     if not importlib.util.find_spec("torch"):
       return [
@@ -95,6 +95,7 @@ class TorchPeers:
         text=True,
       )
     request = {
+      "benchmark": benchmark,
       "problem": problem._asdict(),
       "impls": impls,
       "iterations": iterations,
@@ -122,7 +123,7 @@ def _measure(benchmark, problem, impls, iterations, torch):
   peers = [impl for impl in impls if impl in torch_peers.IMPLS]
   yield from gemms.rows(benchmark, problem, ours, iterations)
   if peers:
-    yield from torch.rows(problem, peers, iterations)
+    yield from torch.rows(benchmark, problem, peers, iterations)
 
 
 def _line(row, reference, peak) -> str:

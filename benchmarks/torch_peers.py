@@ -27,6 +27,7 @@ IMPLS = (
 # benchmark -> what can run it
 IMPLS_OF = {
   "m_grouped": IMPLS,
+  "k_grouped": ("deepgemm", "torch_grouped_mm"),
   "masked": ("deepgemm",),
   "decode": IMPLS[:4],
 }
@@ -311,6 +312,80 @@ def _cublaslt_fp8_block(torch, p: Problem):
   )
 
 
+def _check_k_grouped(torch, out, sizes, lhs, rhs) -> float:
+  """The same of out (g, n, k); lhs and rhs give a group's float32 tokens."""
+  worst, start = 0.0, 0
+  for group, size in enumerate(sizes):
+    tokens = slice(start, start + size)
+    expected = lhs(tokens).T @ rhs(tokens)
+    error = (out[group].float() - expected).norm(dim=1)
+    # A group without tokens is zero.
+    error = torch.where(error == 0, error, error / expected.norm(dim=1))
+    worst = max(worst, error.max().item())
+    start += size
+  return worst
+
+
+def _deepgemm_k_grouped(torch, p: Problem):
+  """Groups of whole 128 tokens, one K-major matrix after another."""
+  deep_gemm = importlib.import_module("deep_gemm")
+  multiply = deep_gemm.k_grouped_fp8_gemm_nt_contiguous
+  ops = _Operands(torch, p)
+  sizes, t = ops.padded, sum(ops.padded)
+
+  def operand(features):
+    x = ops.normal(t, features).view(t // 128, 128, features)
+    scales = _scale(x.abs().amax(1))
+    values = (x / scales[:, None]).to(torch.float8_e4m3fn).view(t, features)
+    groups = [group.T.reshape(-1) for group in values.split(sizes)]
+    return torch.cat(groups), scales, values
+
+  def dequantize(values, scales):
+    blocks = scales.repeat_interleave(128, 0)
+    return lambda tokens: values[tokens].float() * blocks[tokens]
+
+  lhs, lhs_scales, lhs_values = operand(p.n)
+  rhs, rhs_scales, rhs_values = operand(p.k)
+  ks = torch.tensor(sizes, device="cuda", dtype=torch.int32)
+  # It adds to what is there: right in the first call, which is checked.
+  out = torch.zeros(len(sizes), p.n, p.k, device="cuda")
+
+  def call():
+    multiply((lhs, lhs_scales), (rhs, rhs_scales), out, sizes, ks, out)
+    return out
+
+  def check(out):
+    return _check_k_grouped(
+      torch,
+      out,
+      sizes,
+      dequantize(lhs_values, lhs_scales),
+      dequantize(rhs_values, rhs_scales),
+    )
+
+  return call, check
+
+
+def _grouped_mm_k_grouped(torch, p: Problem):
+  ops = _Operands(torch, p)
+  lhs, rhs = (ops.normal(sum(p.sizes), width) for width in (p.n, p.k))
+  offsets = ops.offsets(p.sizes)
+
+  def check(out):
+    return _check_k_grouped(
+      torch, out, p.sizes, lambda t: lhs[t].float(), lambda t: rhs[t].float()
+    )
+
+  return (lambda: torch._grouped_mm(lhs.T, rhs, offs=offsets)), check
+
+
+_RUN_K_GROUPED = dict(
+  zip(
+    IMPLS_OF["k_grouped"],
+    (_deepgemm_k_grouped, _grouped_mm_k_grouped),
+    strict=True,
+  )
+)
 _RUN: dict[str, Callable[..., Any]] = dict(
   zip(
     IMPLS,
@@ -346,10 +421,13 @@ def _measure_us(torch, call, iterations: int) -> float:
   return 1e3 * times[len(times) // 2]
 
 
-def _rows(torch, p: Problem, impls, iterations: int) -> Iterator[dict]:
+def _rows(
+  torch, benchmark: str, p: Problem, impls, iterations: int
+) -> Iterator[dict]:
+  run = _RUN_K_GROUPED if benchmark == "k_grouped" else _RUN
   for impl in impls:
     try:
-      call, check = _RUN[impl](torch, p)
+      call, check = run[impl](torch, p)
       error = check(call())
       limit = _MAX_ROW_ERROR.get(impl, _MAX_ROW_ERROR_FAST)
       yield {
@@ -370,7 +448,8 @@ def main():
   for line in sys.stdin:
     request = json.loads(line)
     p = Problem(**request["problem"])
-    for row in _rows(torch, p, request["impls"], request["iterations"]):
+    options = request["impls"], request["iterations"]
+    for row in _rows(torch, request["benchmark"], p, *options):
       print(json.dumps(row), flush=True)
     print(json.dumps({"done": True}), flush=True)
 

@@ -72,6 +72,25 @@ def test_peers_run_or_say_why_not(tmp_path, capsys, monkeypatch):
   assert "not run: torch is not installed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("benchmark", ["m_grouped", "k_grouped"])
+def test_bf16_of_ours(benchmark, tmp_path):
+  code, written = call(tmp_path, benchmark, "--peers", "ours_bf16")
+  assert code == 0
+  assert [row["impl"] for row in written["rows"]] == ["ours", "ours_bf16"]
+  assert all(row["verified"] for row in written["rows"])
+
+
+def test_peers_of_k_grouped_say_why_not(tmp_path, monkeypatch):
+  """JAX's own kernel runs on GPUs only."""
+  monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+  code, written = call(tmp_path, "k_grouped", "--peers", "all")
+  assert code == 0
+  rows = {row["impl"]: row for row in written["rows"]}
+  peers = {"deepgemm", "torch_grouped_mm", "jax_transposed_ragged_dot_mgpu"}
+  assert peers < set(rows)
+  assert all("unavailable" in rows[peer] for peer in peers)
+
+
 def test_all_peers_are_known():
   with pytest.raises(SystemExit, match="deepgemm"):
     main(["run", "m_grouped", "--peers", "deepgem"])

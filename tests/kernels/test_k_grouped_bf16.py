@@ -3,6 +3,7 @@
 Rows of no group are NaN in all problems.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -99,5 +100,7 @@ def test_race_detection_works(capfd, monkeypatch):
   monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
   params = plgpu.InterpretGPUParams(detect_races=True)
   with plgpu.force_gpu_interpret_mode(params):
-    run([3], [60], 64, 64, 64, SMALL)
-  assert "RACE DETECTED" in capfd.readouterr().out
+    with contextlib.suppress(RuntimeError):  # Newer jax raises it.
+      run([3], [60], 64, 64, 64, SMALL)
+  printed = capfd.readouterr()
+  assert "RACE DETECTED" in printed.out + printed.err
