@@ -36,7 +36,8 @@ class Unsupported(Exception):
 
 
 def _max_row_error_of(impl: str) -> float:
-  return _MAX_ROW_ERROR_OURS if "ours" in impl else _MAX_ROW_ERROR_BF16
+  is_fp8 = "ours" in impl and "bf16" not in impl
+  return _MAX_ROW_ERROR_OURS if is_fp8 else _MAX_ROW_ERROR_BF16
 
 
 @jax.jit
