@@ -253,7 +253,7 @@ CASES = [
   (Recipe, {"wgrad": None}, ValueError, "wgrad.*got None"),
   (Recipe, {"gradient_dtype": jnp.int8}, TypeError, "gradient_dtype.*int8"),
   (Recipe, {"power_of_two_scales": 1}, TypeError, "a bool, got 1"),
-  (Config, {"tile_n": 96}, ValueError, r"\(64, 128, 192\), got 96"),
+  (Config, {"tile_n": 96}, ValueError, r"\(64, 128, 192, 256\), got 96"),
   (Config, {"cluster": 4}, ValueError, r"\(1, 2\), got 4"),
   (Config, {"multicast": "out"}, ValueError, r"\('lhs', 'rhs'\), got out"),
   (Config, {"compute_wgs": 4}, ValueError, r"\(2, 3\), got 4"),
