@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,6 +79,15 @@ def test_bf16_of_ours(benchmark, tmp_path):
   assert code == 0
   assert [row["impl"] for row in written["rows"]] == ["ours", "ours_bf16"]
   assert all(row["verified"] for row in written["rows"])
+
+
+def test_only_the_gradient_of_rhs_is_timed(monkeypatch):
+  monkeypatch.setattr(gemms.jax, "default_backend", lambda: "gpu")
+  (problem,) = shapes.problems("k_grouped", ["smoke"], ["ragged"])
+  fn, args = gemms.KGrouped(problem).calls()["ours_bf16"]()
+  untraced = jax.jit(lambda *args: fn(*args))
+  lowered = untraced.trace(*args).lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("mosaic_gpu_v2") == 1
 
 
 def test_peers_of_k_grouped_say_why_not(tmp_path, monkeypatch):
