@@ -2,12 +2,8 @@
 
 from jax_grouped_gemm.config import Config, SmallGroupsConfig
 from jax_grouped_gemm.masked import m_grouped_gemm_masked
-from jax_grouped_gemm.ops import (
-  k_grouped_gemm,
-  m_grouped_gemm,
-  quantize,
-  quantize_for_k_grouped,
-)
+from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
+from jax_grouped_gemm.quantization import quantize, quantize_for_k_grouped
 from jax_grouped_gemm.ragged_dot import Recipe, ragged_dot
 from jax_grouped_gemm.scaled_array import ScaledArray
 
