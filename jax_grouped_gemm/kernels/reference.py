@@ -18,7 +18,7 @@ from jax_grouped_gemm.scaled_array import (
   scales_shape,
 )
 
-_MIN_AMAX = 1e-4  # of a block, as DeepSeek-V3 and DeepGEMM have it.
+MIN_AMAX = 1e-4  # of a block, as DeepSeek-V3 and DeepGEMM have it.
 
 # ---------------------------------------------------------------- quantize
 
@@ -39,11 +39,11 @@ def quantize(
   """
   x = x.astype(jnp.float32)
   largest = float(jnp.finfo(dtype).max)
-  amax = jnp.maximum(_block_amax(x, block_shape), _MIN_AMAX)
+  amax = jnp.maximum(_block_amax(x, block_shape), MIN_AMAX)
   # XLA turns a division by a constant into this anyway, but not everywhere.
   scales = amax * jnp.float32(1 / largest)
   if power_of_two_scales:
-    scales = _next_power_of_two(scales)
+    scales = next_power_of_two(scales)
   finite = jnp.isfinite(x)
   # XLA turns x / broadcast(scales) into x * (1 / scales), which may round to
   # another value. It does not where the divisor depends on x.
@@ -69,7 +69,7 @@ def _block_amax(
   return magnitude.max(axis=tuple(range(1, 2 * x.ndim, 2)))
 
 
-def _next_power_of_two(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+def next_power_of_two(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
   """Rounds positive normal numbers up to a power of two."""
   mantissa = (1 << jnp.finfo(jnp.float32).nmant) - 1
   bits = lax.bitcast_convert_type(x, jnp.int32)
