@@ -2,22 +2,58 @@
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+from jaxlib.mlir.dialects import math as mlir_math
 
 from jax_grouped_gemm.kernels.reference import MIN_AMAX, next_power_of_two
 
-# Half a warp has a row of 128 columns, each thread 8 neighbours: without
-# swizzling, reads and writes of SMEM touch every bank once.
-ROWS = plgpu.Layout.TILED(
-  plgpu.Tiling(((8, 128), (2, 128), (8,))),
-  warp_dims=(-5,),
-  lane_dims=(-3, -2),
-  vector_dim=-1,
-)
+_E5M2_MAX, _E5M2_INF = 0x7B, 0x7C  # bits, without the sign.
 
 
-def quantize_rows(x, dtype: DTypeLike, power_of_two_scales: bool):
+def row_layout(dtype: DTypeLike):
+  """Registers of (rows, 128): each thread has 16 bytes of neighbours in a row.
+
+  So without swizzling, reads of x from SMEM and writes of FP8 values to it
+  touch each bank once: rows are whole half warps, or warps for f32.
+  """
+  width = 16 // jnp.dtype(dtype).itemsize
+  if width == 4:
+    tiling, warps, lanes = ((4, 128), (4,)), (-3,), (-2,)
+  else:
+    tiling, warps, lanes = ((8, 128), (2, 128), (8,)), (-5,), (-3, -2)
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(tiling), warp_dims=warps, lane_dims=lanes, vector_dim=-1
+  )
+
+
+def load_tile(ref, layout, interpret: bool):
+  """Reads (rows, 128) of SMEM that is not swizzled.
+
+  plgpu.load would have Mosaic swizzle it, and then TMA wants rows and columns
+  of x in whole swizzled tiles.
+  """
+  if interpret:  # It cannot run what is inlined.
+    return plgpu.load(ref, layout=layout)
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(),),
+    return_type=plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=layout),
+  )
+  def load(_, ref):
+    return mgpu.FragmentedArray.load_untiled(ref, layout=layout.to_mgpu())
+
+  return load(ref)
+
+
+def quantize_rows(
+  x,
+  layout,
+  dtype: DTypeLike,
+  power_of_two_scales: bool,
+  interpret: bool,
+):
   """Returns values (rows, 128) and scales (rows,), as reference.quantize."""
   x = x.astype(jnp.float32)
   largest = float(jnp.finfo(dtype).max)
@@ -27,7 +63,56 @@ def quantize_rows(x, dtype: DTypeLike, power_of_two_scales: bool):
   scales = jnp.maximum(amax, MIN_AMAX) * jnp.float32(1 / largest)
   if power_of_two_scales:
     scales = next_power_of_two(scales)
-  divisor = lax.broadcast_in_dim(scales, x.shape, (0,))
   # Nothing to clip: at most largest * (1 + 2^-22), which rounds to largest.
-  values = jnp.where(finite, x / divisor, jnp.nan)
-  return values.astype(dtype), scales
+  scaled = _divide(x, scales, layout, interpret)
+  if dtype == jnp.float8_e4m3fn:
+    return scaled.astype(dtype), scales
+  # The hardware's conversion saturates, so Inf is made of the largest value.
+  infinite = magnitude == jnp.inf
+  values = jnp.where(infinite, jnp.clip(x, -largest, largest), scaled)
+  bits = lax.bitcast_convert_type(values.astype(dtype), jnp.int8)
+  bits ^= jnp.where(infinite, _E5M2_MAX ^ _E5M2_INF, 0).astype(jnp.int8)
+  return lax.bitcast_convert_type(bits, dtype), scales
+
+
+def _divide(x, scales, layout, interpret: bool):
+  """x / scales[:, None] to the nearest, NaN where x is not finite.
+
+  What Mosaic makes of a division, div.full.f32, may be off by 2 units. Below
+  2^-100 the quotient may be off too, but FP8 has zeros there.
+  """
+  divisor = lax.broadcast_in_dim(scales, x.shape, (0,))
+  if interpret:
+    # A divisor that depends on x: see reference.quantize.
+    finite = jnp.abs(x) < jnp.inf
+    return jnp.where(finite, x / jnp.where(finite, divisor, 1.0), jnp.nan)
+  row_layout = layout.reduce(1)
+
+  @plgpu.inline_mgpu(
+    arg_types=(row_layout,),
+    return_type=plgpu.ShapeDtypeStruct(
+      scales.shape, jnp.float32, layout=row_layout
+    ),
+  )
+  def reciprocal(_, scales):
+    rcp = mgpu.FragmentedArray._lift_fast_instr("rcp.rn.f32")
+    return scales._pointwise(rcp)
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout, layout, layout),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
+  )
+  def divide(_, x, divisor, inverse):
+    # Markstein: with an inverse to the nearest, a quotient that is less than a
+    # unit off becomes one to the nearest. The first correction makes it so.
+    # Inf becomes NaN, as Inf - Inf.
+    fma = lambda a, b, c: a._pointwise(mlir_math.fma, b, c)
+    minus_divisor = -divisor
+    quotient = x * inverse
+    for _ in range(2):
+      rest = fma(minus_divisor, quotient, x)
+      quotient = fma(rest, inverse, quotient)
+    return quotient
+
+  inverse = lax.broadcast_in_dim(reciprocal(scales), x.shape, (0,))
+  return divide(x, divisor, inverse)

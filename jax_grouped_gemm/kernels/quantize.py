@@ -43,8 +43,11 @@ class _Refs(NamedTuple):
   full: Ref  # (wg * slots,)
 
 
-def _kernel(*operands, power_of_two_scales: bool, **scratch):
+def _kernel(
+  *operands, power_of_two_scales: bool, interpret: bool, **scratch
+):
   refs = _Refs(*operands, **scratch)
+  layout = _quantize.row_layout(refs.x_gmem.dtype)
   wg = lax.axis_index("wg")
   _, slots, tile_rows, _ = refs.x_smem.shape
   k_blocks = refs.scales_gmem.shape[0]
@@ -75,9 +78,11 @@ def _kernel(*operands, power_of_two_scales: bool, **scratch):
     slot = lax.rem(i, slots)
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
     values, scales = _quantize.quantize_rows(
-      plgpu.load(refs.x_smem.at[wg, slot], layout=_quantize.ROWS),
+      _quantize.load_tile(refs.x_smem.at[wg, slot], layout, interpret),
+      layout,
       refs.values_gmem.dtype,
       power_of_two_scales,
+      interpret,
     )
     # The tile that was staged in this slot, each one group of copies.
     plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
@@ -124,7 +129,9 @@ def quantize_rows(
   slots = _WGS, _SLOTS
   padded_rows = pl.cdiv(tile_rows, SCALE_ALIGN) * SCALE_ALIGN
   return plgpu.kernel(
-    functools.partial(_kernel, power_of_two_scales=power_of_two_scales),
+    functools.partial(
+      _kernel, power_of_two_scales=power_of_two_scales, interpret=interpret
+    ),
     out_type=(
       jax.ShapeDtypeStruct((m_stored, k_blocks * SCALE_BLOCK), dtype),
       jax.ShapeDtypeStruct((k_blocks, m_stored), jnp.float32),
