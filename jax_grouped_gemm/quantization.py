@@ -3,13 +3,18 @@
 Nothing here is differentiable; ragged_dot is.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_grouped_gemm import checks, schedule
+from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.group_sizes import check_group_sizes
+from jax_grouped_gemm.kernels import quantize as quantize_kernel
 from jax_grouped_gemm.kernels import reference
 from jax_grouped_gemm.launch import ROW_ALIGN
 from jax_grouped_gemm.manual_axes import vary_alike
@@ -36,7 +41,9 @@ def quantize(
     block_shape: elements along each axis that share a scale.
     dtype: float8_e4m3fn or float8_e5m2.
     power_of_two_scales: rounds scales up, so that they multiply exactly.
-    implementation: None or "xla"; kernels for it do not exist yet.
+    implementation: None or "xla", or "mosaic_gpu" or "interpret", for kernels
+      that quantise float32 and bfloat16 x of (m, k) or (g, m, k), k a multiple
+      of 16, in blocks of 128 along k.
   """
   x, dtype = checks.check_quantize(x, dtype, implementation)
   block_shape = tuple(block_shape)
@@ -45,13 +52,56 @@ def quantize(
       f"block_shape must have a positive entry for each axis of x {x.shape}, "
       f"got {block_shape}"
     )
-  out = reference.quantize(
+  implementation = _choose(
+    implementation, checks.unsupported_by_quantize(x, block_shape)
+  )
+  if implementation == "xla" or x.size == 0:
+    out = reference.quantize(
+      x,
+      block_shape=block_shape,
+      dtype=dtype,
+      power_of_two_scales=power_of_two_scales,
+    )
+    return _pad_storage(out)
+  return _quantize_rows(
     x,
-    block_shape=block_shape,
     dtype=dtype,
     power_of_two_scales=power_of_two_scales,
+    interpret=implementation == "interpret",
   )
-  return _pad_storage(out)
+
+
+def _choose(implementation: str | None, unsupported: str | None) -> str:
+  # Without this line None means the kernels on a Hopper GPU. They have not run
+  # on one yet.
+  implementation = implementation or "xla"
+  return implementations.choose(implementation, unsupported)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("dtype", "power_of_two_scales", "interpret")
+)
+def _quantize_rows(x, *, interpret: bool, **static) -> ScaledArray:
+  """quantize of (m, k) or (g, m, k) in blocks of 128 along k, by the kernel."""
+  *batch, m, k = x.shape
+  padding = (*(0 for _ in batch), -m % ROW_ALIGN, -k % SCALE_BLOCK)
+  if batch:
+    # Each group's rows are padded. Costs a copy, if there is anything to pad.
+    x = jnp.pad(x, [(0, 0), (0, padding[-2]), (0, 0)])
+  operand = x if interpret else implementations.cuda_only(x)
+  values, scales = vary_alike(
+    *quantize_kernel.quantize_rows(
+      operand.reshape(-1, k), interpret=interpret, **static
+    ),
+    x,
+  )[:2]
+  stored = (*batch, m + padding[-2])
+  return ScaledArray(
+    values.reshape(*stored, k + padding[-1]),
+    scales.T.reshape(*stored, -1)[..., :m, :],
+    (*(1 for _ in batch), 1, SCALE_BLOCK),
+    padding,
+  )
 
 
 def quantize_for_k_grouped(
@@ -80,6 +130,7 @@ def quantize_for_k_grouped(
     implementation: as in quantize.
   """
   x, dtype = checks.check_quantize(x, dtype, implementation)
+  _choose(implementation, "quantises rows only")
   if x.ndim != 2:
     raise ValueError(f"x must be (tokens, features), got shape {x.shape}")
   if (group_offset is None) != (num_groups is None):

@@ -25,9 +25,9 @@ from jax_grouped_gemm.config import SCALE_ALIGN, SCALE_BLOCK
 from jax_grouped_gemm.kernels import _quantize
 from jax_grouped_gemm.kernels._pipeline import Ref, num_sms
 
-_WGS = 4  # warpgroups of a CTA.
-_SLOTS = 2  # tiles of each warpgroup on their way in, and on their way out.
-_TILE_BYTES = 16384  # of x.
+_WGS = 6  # warpgroups of a CTA.
+_SLOTS = 3  # tiles of each warpgroup on their way in, and on their way out.
+_TILE_BYTES = 8192  # of x.
 _ROW_ALIGN = 8  # rows of values and scales are rounded up to.
 
 
@@ -36,16 +36,14 @@ class _Refs(NamedTuple):
 
   x_gmem: Ref  # (m, k)
   values_gmem: Ref  # (m_stored, k_stored) f8
-  scales_gmem: Ref  # (k/128, m_stored) f32
+  scales_gmem: Ref  # (k/128, m in whole tiles) f32
   x_smem: Ref  # (wg, slots, tile_rows, 128)
   values_smem: Ref  # (wg, slots, tile_rows, 128) f8
   scales_smem: Ref  # (wg, slots, tile_rows rounded up) f32
   full: Ref  # (wg * slots,)
 
 
-def _kernel(
-  *operands, power_of_two_scales: bool, interpret: bool, **scratch
-):
+def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   refs = _Refs(*operands, **scratch)
   layout = _quantize.row_layout(refs.x_gmem.dtype)
   wg = lax.axis_index("wg")
@@ -123,26 +121,30 @@ def quantize_rows(
   # Slices of an array are not larger than it.
   missing = max(0, _ROW_ALIGN - m), max(0, SCALE_BLOCK - k)
   x = jnp.pad(x, [(0, count) for count in missing])
-  m_stored, k_blocks = pl.cdiv(m, _ROW_ALIGN) * _ROW_ALIGN, pl.cdiv(k, 128)
+  m_stored, k_blocks = _round_up(m, _ROW_ALIGN), pl.cdiv(k, SCALE_BLOCK)
   tile_rows = _TILE_BYTES // (SCALE_BLOCK * x.dtype.itemsize)
   tile_rows = min(tile_rows, x.shape[0] // _ROW_ALIGN * _ROW_ALIGN)
   slots = _WGS, _SLOTS
-  padded_rows = pl.cdiv(tile_rows, SCALE_ALIGN) * SCALE_ALIGN
-  return plgpu.kernel(
+  # Mosaic clips the stores of scales at the end of the array, not of a row.
+  scales_width = _round_up(m_stored, tile_rows)
+  num_tiles = scales_width // tile_rows * k_blocks
+  values, scales = plgpu.kernel(
     functools.partial(
       _kernel, power_of_two_scales=power_of_two_scales, interpret=interpret
     ),
     out_type=(
       jax.ShapeDtypeStruct((m_stored, k_blocks * SCALE_BLOCK), dtype),
-      jax.ShapeDtypeStruct((k_blocks, m_stored), jnp.float32),
+      jax.ShapeDtypeStruct((k_blocks, scales_width), jnp.float32),
     ),
     scratch_types=dict(
       x_smem=plgpu.SMEM((*slots, tile_rows, SCALE_BLOCK), x.dtype),
       values_smem=plgpu.SMEM((*slots, tile_rows, SCALE_BLOCK), dtype),
-      scales_smem=plgpu.SMEM((*slots, padded_rows), jnp.float32),
+      scales_smem=plgpu.SMEM(
+        (*slots, _round_up(tile_rows, SCALE_ALIGN)), jnp.float32
+      ),
       full=plgpu.Barrier(num_barriers=_WGS * _SLOTS),
     ),
-    grid=(num_sms(),),
+    grid=(min(num_sms(), pl.cdiv(num_tiles, _WGS)),),
     grid_names=("sm",),
     num_threads=_WGS,
     thread_name="wg",
@@ -154,3 +156,8 @@ def quantize_rows(
     kernel_name="quantize_rows_sm90",
     interpret=plgpu.InterpretGPUParams() if interpret else None,
   )(x)
+  return values, scales[:, :m_stored]
+
+
+def _round_up(size: int, multiple: int) -> int:
+  return pl.cdiv(size, multiple) * multiple
