@@ -103,7 +103,12 @@ CASES = [
   (quantize, {"block_shape": (128,)}, ValueError, r"\(4, 4\), got \(128,\)"),
   (quantize, {"block_shape": (1, 0)}, ValueError, r"positive.*\(1, 0\)"),
   (quantize, {"implementation": "cuda"}, ValueError, "one of.*got 'cuda'"),
-  (quantize, {"implementation": "interpret"}, NotImplementedError, "no kernel"),
+  (
+    quantize,
+    {"implementation": "interpret"},
+    NotImplementedError,
+    "multiple of 16.*k=4",
+  ),
   (
     for_k_grouped,
     {"x": ONES(10)},

@@ -7,7 +7,7 @@ x (m, k) and values (m, k), its rows and columns rounded up with zeros, are
 row-major; scales (k/128, m) are transposed, as the GEMM kernels read them.
 
 Each warpgroup works for itself, on every n-th tile of (tile_rows, 128):
-  wait full[slot] | registers | scale, convert | store | load the tile after next
+  wait full[slot] | registers | scale, convert | store | load a next tile
 """
 
 import functools
