@@ -47,6 +47,19 @@ def load_tile(ref, layout, interpret: bool):
   return load(ref)
 
 
+def finite_magnitude(x):
+  """|x|, 0 where x is not finite."""
+  magnitude = jnp.abs(x)
+  return jnp.where(magnitude < jnp.inf, magnitude, 0.0)  # NaN is not less.
+
+
+def scale_of(amax, dtype: DTypeLike, power_of_two_scales: bool):
+  """Returns the scale of blocks whose largest magnitudes are `amax`."""
+  largest = float(jnp.finfo(dtype).max)
+  scale = jnp.maximum(amax, MIN_AMAX) * jnp.float32(1 / largest)
+  return next_power_of_two(scale) if power_of_two_scales else scale
+
+
 def quantize_rows(
   x,
   layout,
@@ -56,23 +69,31 @@ def quantize_rows(
 ):
   """Returns values (rows, 128) and scales (rows,), as reference.quantize."""
   x = x.astype(jnp.float32)
-  largest = float(jnp.finfo(dtype).max)
-  magnitude = jnp.abs(x)
-  finite = magnitude < jnp.inf  # False for NaN.
-  amax = jnp.max(jnp.where(finite, magnitude, 0.0), axis=1)
-  scales = jnp.maximum(amax, MIN_AMAX) * jnp.float32(1 / largest)
-  if power_of_two_scales:
-    scales = next_power_of_two(scales)
+  amax = jnp.max(finite_magnitude(x), axis=1)
+  scales = scale_of(amax, dtype, power_of_two_scales)
+  return _convert(x, scales, layout, dtype, interpret), scales
+
+
+def convert_by_scalar(x, *, scale, dtype: DTypeLike, interpret: bool):
+  """Returns x / scale in FP8, x in the layout of wgmma accumulators."""
+  scales = lax.broadcast_in_dim(scale, x.shape[:1], ())
+  scales = plgpu.layout_cast(scales, plgpu.Layout.WGMMA.reduce(1))
+  return _convert(x, scales, plgpu.Layout.WGMMA, dtype, interpret)
+
+
+def _convert(x, scales, layout, dtype: DTypeLike, interpret: bool):
+  """Returns x / scales[:, None] in FP8."""
   # Nothing to clip: at most largest * (1 + 2^-22), which rounds to largest.
   scaled = _divide(x, scales, layout, interpret)
   if dtype == jnp.float8_e4m3fn:
-    return scaled.astype(dtype), scales
+    return scaled.astype(dtype)
   # The hardware's conversion saturates, so Inf is made of the largest value.
-  infinite = magnitude == jnp.inf
+  largest = float(jnp.finfo(dtype).max)
+  infinite = jnp.abs(x) == jnp.inf
   values = jnp.where(infinite, jnp.clip(x, -largest, largest), scaled)
   bits = lax.bitcast_convert_type(values.astype(dtype), jnp.int8)
   bits ^= jnp.where(infinite, _E5M2_MAX ^ _E5M2_INF, 0).astype(jnp.int8)
-  return lax.bitcast_convert_type(bits, dtype), scales
+  return lax.bitcast_convert_type(bits, dtype)
 
 
 def _divide(x, scales, layout, interpret: bool):

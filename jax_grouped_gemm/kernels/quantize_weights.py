@@ -1,0 +1,171 @@
+"""Quantisation of weights in blocks of 128x128 for Hopper: one read, two copies.
+
+    scales[g, i, j] = max(|w[g, i, j]|, 1e-4) / 448     i, j: blocks of 128
+    values[g] = w[g] / scales[g] to the nearest, ties to even
+    transposed[g] = values[g].T
+
+w (g, k, n), values (g, k, n) and transposed (g, n, k), both rounded up to whole
+blocks with zeros, are row-major.
+
+Each warpgroup works for itself, on every n-th block:
+  wait full[slot] | scale | convert, straight and transposed | store | load a next
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32
+
+from jax_grouped_gemm.config import SCALE_BLOCK
+from jax_grouped_gemm.kernels import _quantize
+from jax_grouped_gemm.kernels._pipeline import Ref, num_sms
+
+_DTYPE = jnp.float8_e4m3fn
+_WGS = 2  # warpgroups of a CTA.
+_SLOTS = 2  # blocks of each warpgroup on their way in.
+_SWIZZLE_BYTES = 128  # of a row in SMEM: blocks are handled in such slices.
+
+
+class _Refs(NamedTuple):
+  """Refs of the kernel: operands in GMEM, slots in SMEM, barriers."""
+
+  w_gmem: Ref  # (g, k, n)
+  values_gmem: Ref  # (g, k_stored, n_stored) f8
+  transposed_gmem: Ref  # (g, n_stored, k_stored) f8
+  scales_gmem: Ref  # (g, k/128, n/128) f32
+  w_smem: Ref  # (wg, slots, slices, 128, slice_n)
+  values_smem: Ref  # (wg, slices, 128, slice_n) f8
+  transposed_smem: Ref  # (wg, slices, slice_n, 128) f8
+  full: Ref  # (wg * slots,): an arrival per slice
+
+
+def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
+  refs = _Refs(*operands, **scratch)
+  wg = lax.axis_index("wg")
+  _, slots, slices, _, slice_n = refs.w_smem.shape
+  groups, k_blocks, n_blocks = refs.scales_gmem.shape
+  num_blocks = groups * k_blocks * n_blocks
+  stride = lax.axis_size("sm") * _WGS
+  first = lax.axis_index("sm") * _WGS + wg
+  count = lax.div(num_blocks - first + stride - 1, stride)
+
+  def place(i):
+    """Returns the block's group and its place among the blocks there."""
+    block = first + i * stride
+    row = lax.div(block, n_blocks)
+    group = lax.div(row, k_blocks)
+    return group, lax.rem(row, k_blocks), lax.rem(block, n_blocks)
+
+  def slice_of(i, j):
+    """Returns the group, the rows and the columns of slice j of block i."""
+    group, ki, ni = place(i)
+    cols = pl.ds(ni * SCALE_BLOCK + j * slice_n, slice_n)
+    return group, pl.ds(ki * SCALE_BLOCK, SCALE_BLOCK), cols
+
+  def load(i, slot):
+    for j in range(slices):
+      plgpu.copy_gmem_to_smem(
+        refs.w_gmem.at[slice_of(i, j)],
+        refs.w_smem.at[wg, slot, j],
+        refs.full.at[wg * slots + slot],
+      )
+
+  for i in range(slots):
+    pl.when(i < count)(functools.partial(load, i, i))
+
+  def quantize_block(i, _):
+    slot = lax.rem(i, slots)
+    plgpu.barrier_wait(refs.full.at[wg * slots + slot])
+
+    def read(j):
+      w = plgpu.load(refs.w_smem.at[wg, slot, j], layout=plgpu.Layout.WGMMA)
+      return w.astype(jnp.float32)
+
+    def read_transposed(j):
+      w = plgpu.load(refs.w_smem.at[wg, slot, j].T, layout=plgpu.Layout.WGMMA)
+      return w.astype(jnp.float32)
+
+    amax = functools.reduce(
+      jnp.maximum, [_quantize.finite_magnitude(read(j)) for j in range(slices)]
+    )
+    scale = _quantize.scale_of(jnp.max(amax), _DTYPE, power_of_two_scales)
+    refs.scales_gmem[place(i)] = scale
+    convert = functools.partial(
+      _quantize.convert_by_scalar, scale=scale, dtype=_DTYPE, interpret=interpret
+    )
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for j in range(slices):
+      refs.values_smem[wg, j] = convert(read(j))
+      refs.transposed_smem[wg, j] = convert(read_transposed(j))
+    # Orders the reads of the slot before the next load too.
+    plgpu.commit_smem()
+    for j in range(slices):
+      group, rows, cols = slice_of(i, j)
+      for smem, gmem in (
+        (refs.values_smem, refs.values_gmem.at[group, rows, cols]),
+        (refs.transposed_smem, refs.transposed_gmem.at[group, cols, rows]),
+      ):
+        plgpu.copy_smem_to_gmem(smem.at[wg, j], gmem, commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
+    pl.when(i + slots < count)(lambda: load(i + slots, slot))
+    return 0
+
+  lax.fori_loop(0, count, quantize_block, 0)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+# ---------------------------------------------------------------- launch
+
+
+def quantize_weights(
+  w: Float[Array, "g k n"],
+  *,
+  power_of_two_scales: bool,
+  interpret: bool = False,
+) -> tuple[
+  Float[Array, "g k_stored n_stored"],
+  Float[Array, "g n_stored k_stored"],
+  Float32[Array, "g k/128 n/128"],
+]:
+  """Returns values, transposed values, in whole blocks, and scales."""
+  groups, k, n = w.shape
+  slice_n = _SWIZZLE_BYTES // w.dtype.itemsize
+  slices = SCALE_BLOCK // slice_n
+  k_blocks, n_blocks = pl.cdiv(k, SCALE_BLOCK), pl.cdiv(n, SCALE_BLOCK)
+  k_stored, n_stored = k_blocks * SCALE_BLOCK, n_blocks * SCALE_BLOCK
+  # TMA wants whole swizzled tiles, and slices of an array are not larger than
+  # it: a copy of the weights, unless their sizes are multiples of 8 and 64.
+  k_missing = k_stored - k if k < SCALE_BLOCK else -k % 8
+  w = jnp.pad(w, ((0, 0), (0, k_missing), (0, -n % slice_n)))
+  return plgpu.kernel(
+    functools.partial(
+      _kernel, power_of_two_scales=power_of_two_scales, interpret=interpret
+    ),
+    out_type=(
+      jax.ShapeDtypeStruct((groups, k_stored, n_stored), _DTYPE),
+      jax.ShapeDtypeStruct((groups, n_stored, k_stored), _DTYPE),
+      jax.ShapeDtypeStruct((groups, k_blocks, n_blocks), jnp.float32),
+    ),
+    scratch_types=dict(
+      w_smem=plgpu.SMEM((_WGS, _SLOTS, slices, SCALE_BLOCK, slice_n), w.dtype),
+      values_smem=plgpu.SMEM((_WGS, slices, SCALE_BLOCK, slice_n), _DTYPE),
+      transposed_smem=plgpu.SMEM((_WGS, slices, slice_n, SCALE_BLOCK), _DTYPE),
+      full=plgpu.Barrier(num_arrivals=slices, num_barriers=_WGS * _SLOTS),
+    ),
+    grid=(min(num_sms(), pl.cdiv(groups * k_blocks * n_blocks, _WGS)),),
+    grid_names=("sm",),
+    num_threads=_WGS,
+    thread_name="wg",
+    compiler_params=plgpu.CompilerParams(
+      # Warpgroups share nothing, and commit_smem orders what each does.
+      unsafe_no_auto_barriers=True,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+    kernel_name="quantize_weights_sm90",
+    interpret=plgpu.InterpretGPUParams() if interpret else None,
+  )(w)
