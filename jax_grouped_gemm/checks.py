@@ -36,8 +36,8 @@ def unsupported_by_quantize(x, block_shape) -> str | None:
     SCALE_BLOCK,
   ):
     return (
-      f"quantises (m, k) or (g, m, k) in blocks of {SCALE_BLOCK} along k, got x "
-      f"{x.shape} in blocks of {block_shape}"
+      f"quantises (m, k) or (g, m, k) in blocks of {SCALE_BLOCK} along k, got "
+      f"x {x.shape} in blocks of {block_shape}"
     )
   return _unsupported_input("k", x.shape[-1], x.dtype)
 

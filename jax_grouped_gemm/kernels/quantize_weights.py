@@ -1,4 +1,4 @@
-"""Quantisation of weights in blocks of 128x128 for Hopper: one read, two copies.
+"""Quantisation of weights in 128x128 blocks for Hopper: one read, two copies.
 
     scales[g, i, j] = max(|w[g, i, j]|, 1e-4) / 448     i, j: blocks of 128
     values[g] = w[g] / scales[g] to the nearest, ties to even
@@ -8,7 +8,7 @@ w (g, k, n), values (g, k, n) and transposed (g, n, k), both rounded up to whole
 blocks with zeros, are row-major.
 
 Each warpgroup works for itself, on every n-th block:
-  wait full[slot] | scale | convert, straight and transposed | store | load a next
+  wait full[slot] | scale | convert, both ways | store | load a next
 """
 
 import functools
@@ -96,7 +96,10 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     scale = _quantize.scale_of(jnp.max(amax), _DTYPE, power_of_two_scales)
     refs.scales_gmem[place(i)] = scale
     convert = functools.partial(
-      _quantize.convert_by_scalar, scale=scale, dtype=_DTYPE, interpret=interpret
+      _quantize.convert_by_scalar,
+      scale=scale,
+      dtype=_DTYPE,
+      interpret=interpret,
     )
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for j in range(slices):
