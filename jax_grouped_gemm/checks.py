@@ -42,6 +42,15 @@ def unsupported_by_quantize(x, block_shape) -> str | None:
   return _unsupported_input("k", x.shape[-1], x.dtype)
 
 
+def unsupported_by_quantize_weights(w) -> str | None:
+  """Returns what of the weights (g, k, n) the kernel does not support."""
+  if w.dtype != jnp.bfloat16:
+    return f"quantises weights of bfloat16, got {w.dtype}"
+  return _unsupported_input("k", w.shape[1], w.dtype) or _unsupported_input(
+    "n", w.shape[2], w.dtype
+  )
+
+
 def _unsupported_input(name: str, size: int, dtype) -> str | None:
   if size % _KERNEL_ALIGN:
     return (

@@ -4,6 +4,7 @@ Nothing here is differentiable; ragged_dot is.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,13 @@ from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.kernels import quantize as quantize_kernel
+from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
 from jax_grouped_gemm.kernels import reference
 from jax_grouped_gemm.launch import ROW_ALIGN
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import ScaledArray
+
+_WEIGHTS_DTYPE = jnp.float8_e4m3fn
 
 
 def quantize(
@@ -104,6 +108,76 @@ def _quantize_rows(x, *, interpret: bool, **static) -> ScaledArray:
   )
 
 
+class QuantizedWeights(NamedTuple):
+  """Weights (g, k, n) in blocks of 128x128, in the layouts of two GEMMs.
+
+  Attributes:
+    forward: (g, n, k), rhs of m_grouped_gemm in the forward pass.
+    dgrad: (g, k, n), rhs of m_grouped_gemm for the gradient of lhs. The same
+      values and scales, transposed.
+  """
+
+  forward: ScaledArray
+  dgrad: ScaledArray
+
+
+def quantize_weights(
+  w: Float[Array, "g k n"],
+  *,
+  power_of_two_scales: bool = False,
+  implementation: str | None = None,
+) -> QuantizedWeights:
+  """w (g, k, n) -> (g, n, k) and (g, k, n), as quantize in blocks of 128x128.
+
+  Args:
+    w: as in quantize.
+    power_of_two_scales: as in quantize.
+    implementation: None or "xla", or "mosaic_gpu" or "interpret", for a kernel
+      that reads bfloat16 weights once, k and n multiples of 16.
+  """
+  w, _ = checks.check_quantize(w, _WEIGHTS_DTYPE, implementation)
+  if w.ndim != 3:
+    raise ValueError(f"w must be (g, k, n), got shape {w.shape}")
+  implementation = _choose(
+    implementation, checks.unsupported_by_quantize_weights(w)
+  )
+  if implementation == "xla" or w.size == 0:
+    dgrad = quantize(
+      w,
+      (1, SCALE_BLOCK, SCALE_BLOCK),
+      dtype=_WEIGHTS_DTYPE,
+      power_of_two_scales=power_of_two_scales,
+      implementation="xla",
+    )
+    return QuantizedWeights(dgrad.mT, dgrad)
+  return _quantize_weights(
+    w,
+    power_of_two_scales=power_of_two_scales,
+    interpret=implementation == "interpret",
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=("power_of_two_scales", "interpret")
+)
+def _quantize_weights(w, *, interpret: bool, **static) -> QuantizedWeights:
+  """quantize_weights, by the kernel."""
+  operand = w if interpret else implementations.cuda_only(w)
+  values, transposed, scales, _ = vary_alike(
+    *weights_kernel.quantize_weights(operand, interpret=interpret, **static), w
+  )
+  dgrad = ScaledArray(
+    values,
+    scales,
+    (1, SCALE_BLOCK, SCALE_BLOCK),
+    (0, *(-size % SCALE_BLOCK for size in w.shape[1:])),
+  )
+  forward = ScaledArray(
+    transposed, scales.mT, dgrad.block_shape, dgrad.mT.padding
+  )
+  return QuantizedWeights(forward, dgrad)
+
+
 def quantize_for_k_grouped(
   x: Float[Array, "t f"],
   group_sizes: Int[Array, "g_all"],
@@ -168,3 +242,8 @@ def _pad_storage(x: ScaledArray) -> ScaledArray:
 def _row_align(x: ScaledArray) -> int:
   """Rows in whole scale blocks too, if they have any, for the sake of x.mT."""
   return max((ROW_ALIGN, *x.block_shape[-2:-1]))
+
+
+jax.export.register_namedtuple_serialization(
+  QuantizedWeights, serialized_name="jax_grouped_gemm.QuantizedWeights"
+)

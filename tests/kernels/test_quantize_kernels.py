@@ -9,8 +9,9 @@ import oracle
 import pytest
 from hopper import compile_for_hopper, spilled_bytes
 
-from jax_grouped_gemm import quantize
+from jax_grouped_gemm import ScaledArray, quantize, quantize_weights
 from jax_grouped_gemm.kernels import quantize as rows_kernel
+from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +95,39 @@ def test_slots_are_used_again(interpreter, monkeypatch):
   check(out, x, (1, 128), E4M3)
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("shape", [(2, 144, 80), (1, 16, 256), (1, 130, 16)])
+def test_weights(interpreter, monkeypatch, shape, power_of_two):
+  """Both copies, from one warpgroup with more blocks than slots."""
+  monkeypatch.setattr(weights_kernel, "_WGS", 1)
+  monkeypatch.setattr(weights_kernel, "num_sms", lambda: 1)
+  w = hostile(shape[0] * shape[1], shape[2]).reshape(shape).astype(BF16)
+  kernel = functools.partial(
+    weights_kernel.quantize_weights,
+    power_of_two_scales=power_of_two,
+    interpret=True,
+  )
+  with interpreter():
+    values, transposed, scales = jax.jit(kernel)(w)
+  padding = (0, *(-size % 128 for size in shape[1:]))
+  blocks = (1, 128, 128)
+  out = ScaledArray(values, scales, blocks, padding)
+  check(out, w, blocks, E4M3, power_of_two)
+  np.testing.assert_array_equal(bits(transposed), bits(values).mT)
+
+
+def test_quantize_weights(interpreter):
+  """As the XLA path has it, structure included."""
+  w = jnp.asarray(oracle.random_floats((2, 48, 144))).astype(BF16)
+  with interpreter():
+    out = quantize_weights(w, implementation="interpret")
+  expected = quantize_weights(w)
+  assert jax.tree.structure(out) == jax.tree.structure(expected)
+  assert out.forward.shape == (2, 144, 48)
+  for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_array_equal(x.astype(F32), y.astype(F32))
+
+
 # ---------------------------------------------------------------- Hopper
 
 
@@ -128,3 +162,12 @@ def test_rows_compile(compile_and_report, x_dtype, dtype):
         power_of_two_scales=power_of_two,
       )
       compile_and_report(fn, ((m, k), x_dtype))
+
+
+@pytest.mark.parametrize("shape", [(8, 4096, 14336), (3, 16, 80)])
+def test_weights_compile(compile_and_report, shape):
+  for power_of_two in (False, True):
+    fn = functools.partial(
+      weights_kernel.quantize_weights, power_of_two_scales=power_of_two
+    )
+    compile_and_report(fn, (shape, BF16))
