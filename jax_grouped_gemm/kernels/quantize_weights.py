@@ -41,7 +41,7 @@ class _Refs(NamedTuple):
   w_smem: Ref  # (wg, slots, slices, 128, slice_n)
   values_smem: Ref  # (wg, slices, 128, slice_n) f8
   transposed_smem: Ref  # (wg, slices, slice_n, 128) f8
-  amax_smem: Ref  # (wg, 128) f32
+  rows_smem: Ref  # (wg, 128) f32
   full: Ref  # (wg * slots,): an arrival per slice
 
 
@@ -94,8 +94,9 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     amax = functools.reduce(
       jnp.maximum, [_quantize.finite_magnitude(read(j)) for j in range(slices)]
     )
-    amax = _largest(jnp.max(amax, axis=1), refs.amax_smem.at[wg])
-    scale = _quantize.scale_of(amax, _DTYPE, power_of_two_scales)
+    scale = _scale(
+      jnp.max(amax, axis=1), refs.rows_smem.at[wg], power_of_two_scales
+    )
     refs.scales_gmem[place(i)] = scale
     convert = functools.partial(
       _quantize.convert_by_scalar,
@@ -124,15 +125,20 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _largest(rows, smem):
-  """Returns the largest of (128,) numbers, which warps share through SMEM."""
-  smem[...] = rows
+def _scale(amax, smem, power_of_two_scales: bool):
+  """Returns the scale of a block, given the largest magnitude of each row.
+
+  Warps have different rows: they exchange them through SMEM.
+  """
+  smem[...] = amax
   plgpu.commit_smem()
   columns = plgpu.load(smem, layout=plgpu.Layout.WGMMA.reduce(0))
-  shape = (rows.shape[0], rows.shape[0])
-  largest = jnp.max(lax.broadcast_in_dim(columns, shape, (1,)), axis=1)
+  shape = (amax.shape[0], amax.shape[0])
+  amax = jnp.max(lax.broadcast_in_dim(columns, shape, (1,)), axis=1)
+  # The same number 128 times: Mosaic does not bitcast scalars.
+  scales = _quantize.scale_of(amax, _DTYPE, power_of_two_scales)
   plgpu.commit_smem()
-  smem[...] = largest  # The same number 128 times.
+  smem[...] = scales
   plgpu.commit_smem()
   return smem[0]
 
@@ -173,7 +179,7 @@ def quantize_weights(
       w_smem=plgpu.SMEM((_WGS, _SLOTS, slices, SCALE_BLOCK, slice_n), w.dtype),
       values_smem=plgpu.SMEM((_WGS, slices, SCALE_BLOCK, slice_n), _DTYPE),
       transposed_smem=plgpu.SMEM((_WGS, slices, slice_n, SCALE_BLOCK), _DTYPE),
-      amax_smem=plgpu.SMEM((_WGS, SCALE_BLOCK), jnp.float32),
+      rows_smem=plgpu.SMEM((_WGS, SCALE_BLOCK), jnp.float32),
       full=plgpu.Barrier(num_arrivals=slices, num_barriers=_WGS * _SLOTS),
     ),
     grid=(min(num_sms(), pl.cdiv(groups * k_blocks * n_blocks, _WGS)),),
