@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir.dialects import math as mlir_math
@@ -43,6 +44,32 @@ def load_tile(ref, layout, interpret: bool):
   )
   def load(_, ref):
     return mgpu.FragmentedArray.load_untiled(ref, layout=layout.to_mgpu())
+
+  return load(ref)
+
+
+def load_transposed(ref, interpret: bool):
+  """Reads (128, rows) of SMEM that is not swizzled as (rows, 128).
+
+  In the layout of wgmma accumulators. TMA may start at any token so, but eight
+  threads at a time want one bank.
+  """
+  layout = plgpu.Layout.WGMMA
+  if interpret:  # It cannot run what is inlined.
+    return plgpu.load(ref.T, layout=layout)
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(),),
+    return_type=plgpu.ShapeDtypeStruct(
+      ref.shape[::-1], ref.dtype, layout=layout
+    ),
+  )
+  def load(_, ref):
+    return mgpu.FragmentedArray.load_untiled(
+      utils.memref_transpose(ref, (1, 0)),
+      layout=layout.to_mgpu(),
+      optimized=False,
+    )
 
   return load(ref)
 

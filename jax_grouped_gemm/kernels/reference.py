@@ -86,20 +86,11 @@ def quantize_for_k_grouped(
   power_of_two_scales: bool,
 ) -> ScaledArray:
   """x (t, f) -> (f, t_padded), each group padded to whole token blocks."""
-  num_tokens, groups = x.shape[0], starts.shape[0]
-  num_blocks = schedule.max_token_blocks(num_tokens, groups)
-  block_starts, block_ends = schedule.token_block_bounds(
-    ends - starts, num_blocks
-  )
-  block = jnp.arange(num_blocks, dtype=jnp.int32)
-  group = jnp.searchsorted(
-    block_ends, block, side="right", method="compare_all"
-  )
-  # The last blocks may be nobody's: past all tokens of the last group.
-  group = jnp.minimum(group, groups - 1)
-  first = starts[group] + (block - block_starts[group]) * schedule.TOKEN_BLOCK
-  token = first[:, None] + jnp.arange(schedule.TOKEN_BLOCK, dtype=jnp.int32)
-  inside = (token < ends[group][:, None]).reshape(-1, 1)
+  num_tokens = x.shape[0]
+  first, sizes = schedule.token_blocks(starts, ends, num_tokens)
+  place = jnp.arange(schedule.TOKEN_BLOCK, dtype=jnp.int32)
+  inside = (place < sizes[:, None]).reshape(-1, 1)
+  token = first[:, None] + place
   token = jnp.clip(token, 0, num_tokens - 1).reshape(-1)
   return quantize(
     jnp.where(inside, x[token], 0),
