@@ -51,6 +51,13 @@ def unsupported_by_quantize_weights(w) -> str | None:
   )
 
 
+def unsupported_by_quantize_tokens(x) -> str | None:
+  """Returns what of the tokens (t, f) the kernel does not support."""
+  if x.dtype != jnp.bfloat16:
+    return f"quantises tokens of bfloat16, got {x.dtype}"
+  return _unsupported_input("f", x.shape[1], x.dtype)
+
+
 def _unsupported_input(name: str, size: int, dtype) -> str | None:
   if size % _KERNEL_ALIGN:
     return (

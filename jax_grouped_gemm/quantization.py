@@ -16,6 +16,7 @@ from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.kernels import quantize as quantize_kernel
+from jax_grouped_gemm.kernels import quantize_tokens as tokens_kernel
 from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
 from jax_grouped_gemm.kernels import reference
 from jax_grouped_gemm.launch import ROW_ALIGN
@@ -201,10 +202,10 @@ def quantize_for_k_grouped(
     power_of_two_scales: as in quantize.
     group_offset: first group to keep; needs `num_groups`.
     num_groups: number of groups to keep from there on; others are left out.
-    implementation: as in quantize.
+    implementation: None or "xla", or "mosaic_gpu" or "interpret", for a kernel
+      that takes bfloat16 x of a multiple of 16 features.
   """
   x, dtype = checks.check_quantize(x, dtype, implementation)
-  _choose(implementation, "quantises rows only")
   if x.ndim != 2:
     raise ValueError(f"x must be (tokens, features), got shape {x.shape}")
   if (group_offset is None) != (num_groups is None):
@@ -212,19 +213,42 @@ def quantize_for_k_grouped(
       "group_offset and num_groups go together, got "
       f"{group_offset=}, {num_groups=}"
     )
+  implementation = _choose(
+    implementation, checks.unsupported_by_quantize_tokens(x)
+  )
   if num_groups is None:
     num_groups = jnp.size(group_sizes)
   group_sizes, group_offset = check_group_sizes(
     group_sizes, x.shape[0], num_groups, group_offset
   )
   x, group_sizes, group_offset = vary_alike(x, group_sizes, group_offset)
-  out = reference.quantize_for_k_grouped(
-    x,
-    *schedule.group_bounds(group_sizes, x.shape[0], group_offset, num_groups),
-    dtype=dtype,
-    power_of_two_scales=power_of_two_scales,
+  bounds = schedule.group_bounds(
+    group_sizes, x.shape[0], group_offset, num_groups
   )
-  return _pad_storage(out)
+  static = dict(dtype=dtype, power_of_two_scales=power_of_two_scales)
+  if implementation == "xla" or x.size == 0 or num_groups == 0:
+    return _pad_storage(reference.quantize_for_k_grouped(x, *bounds, **static))
+  return _quantize_tokens(
+    x, *bounds, interpret=implementation == "interpret", **static
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=("dtype", "power_of_two_scales", "interpret")
+)
+def _quantize_tokens(x, starts, ends, *, interpret: bool, **static):
+  """quantize_for_k_grouped, by the kernel."""
+  values, scales, _ = vary_alike(
+    *tokens_kernel.quantize_tokens(
+      x if interpret else implementations.cuda_only(x),
+      *schedule.token_blocks(starts, ends, x.shape[0]),
+      interpret=interpret,
+      **static,
+    ),
+    x,
+  )
+  padding = -x.shape[1] % ROW_ALIGN, 0
+  return ScaledArray(values, scales.T, (1, SCALE_BLOCK), padding)
 
 
 def _pad_storage(x: ScaledArray) -> ScaledArray:

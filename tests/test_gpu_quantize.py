@@ -12,7 +12,12 @@ import numpy as np
 import oracle
 import pytest
 
-from jax_grouped_gemm import m_grouped_gemm, quantize, quantize_weights
+from jax_grouped_gemm import (
+  m_grouped_gemm,
+  quantize,
+  quantize_for_k_grouped,
+  quantize_weights,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -98,6 +103,26 @@ def test_weights(shape, power_of_two):
   check(
     functools.partial(quantize_weights, power_of_two_scales=power_of_two), w
   )
+
+
+@powers
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("f", [16, 144, 2880])
+def test_tokens(f, dtype, power_of_two):
+  x = hostile(5003, f)
+  x[4000:] = np.nan  # Rows of no group.
+  sizes = (0, 1, 127, 128, 129, 0, 3001, 5)
+
+  def fn(x, implementation):
+    return quantize_for_k_grouped(
+      x,
+      np.array(sizes),
+      dtype=dtype,
+      power_of_two_scales=power_of_two,
+      implementation=implementation,
+    )
+
+  check(fn, jnp.asarray(x).astype(BF16))
 
 
 def test_gemm_of_what_the_kernels_quantise():

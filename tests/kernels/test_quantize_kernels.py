@@ -9,8 +9,14 @@ import oracle
 import pytest
 from hopper import compile_for_hopper, spilled_bytes
 
-from jax_grouped_gemm import ScaledArray, quantize, quantize_weights
+from jax_grouped_gemm import (
+  ScaledArray,
+  quantize,
+  quantize_for_k_grouped,
+  quantize_weights,
+)
 from jax_grouped_gemm.kernels import quantize as rows_kernel
+from jax_grouped_gemm.kernels import quantize_tokens as tokens_kernel
 from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
 
 pytestmark = pytest.mark.slow
@@ -128,6 +134,46 @@ def test_quantize_weights(interpreter):
     np.testing.assert_array_equal(x.astype(F32), y.astype(F32))
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@dtypes
+def test_tokens(interpreter, monkeypatch, dtype, power_of_two):
+  """Groups that start anywhere, and NaN in the rows of none, or of another."""
+  monkeypatch.setattr(tokens_kernel, "_WGS", 1)
+  monkeypatch.setattr(tokens_kernel, "num_sms", lambda: 2)
+  x, sizes = hostile(300, 144), np.array([3, 0, 130, 1, 97])
+  x[131:135] = np.nan
+  x[231:] = np.inf
+  x = jnp.asarray(x).astype(BF16)
+  static = dict(dtype=dtype, power_of_two_scales=power_of_two)
+  with interpreter():
+    out = quantize_for_k_grouped(x, sizes, implementation="interpret", **static)
+  expected = quantize_for_k_grouped(x, sizes, **static)
+  assert jax.tree.structure(out) == jax.tree.structure(expected)
+  rows = oracle.group_rows(sizes, 300)
+  padded = oracle.pad_tokens(x.astype(F32), rows, out.shape[1])
+  check(out, padded, (1, 128), dtype, power_of_two)
+
+
+@pytest.mark.parametrize(
+  "t, f, sizes",
+  [
+    (1, 16, [0, 1]),
+    (100, 48, [40, 70, -1]),
+    (140, 80, [0, 0]),
+    (260, 64, [2**31 - 1, 3]),
+  ],
+)
+def test_sizes_of_tokens(interpreter, t, f, sizes):
+  x = jnp.asarray(oracle.random_floats((t, f))).astype(BF16)
+  sizes = np.array(sizes, np.int32)
+  with interpreter():
+    out = quantize_for_k_grouped(x, sizes, implementation="interpret")
+  expected = quantize_for_k_grouped(x, sizes)
+  assert jax.tree.structure(out) == jax.tree.structure(expected)
+  np.testing.assert_array_equal(bits(out.values), bits(expected.values))
+  np.testing.assert_array_equal(out.scales, expected.scales)
+
+
 # ---------------------------------------------------------------- Hopper
 
 
@@ -171,3 +217,13 @@ def test_weights_compile(compile_and_report, shape):
       weights_kernel.quantize_weights, power_of_two_scales=power_of_two
     )
     compile_and_report(fn, (shape, BF16))
+
+
+@dtypes
+@pytest.mark.parametrize("t, f", [(5000, 7168), (1, 16), (133, 80)])
+def test_tokens_compile(compile_and_report, t, f, dtype):
+  blocks = (-(-t // 128) + 3,), jnp.int32
+  fn = functools.partial(
+    tokens_kernel.quantize_tokens, dtype=dtype, power_of_two_scales=True
+  )
+  compile_and_report(fn, ((t, f), BF16), blocks, blocks)
