@@ -174,6 +174,49 @@ def test_sizes_of_tokens(interpreter, t, f, sizes):
   np.testing.assert_array_equal(out.scales, expected.scales)
 
 
+# ---------------------------------------------------------------- jax
+
+SIZES = np.array([5, 0, 9])
+CALLS = {
+  "rows": (lambda x, **kw: quantize(x, (1, 128), **kw), (20, 144)),
+  "weights": (quantize_weights, (2, 16, 144)),
+  "tokens": (lambda x, **kw: quantize_for_k_grouped(x, SIZES, **kw), (20, 48)),
+}
+calls = pytest.mark.parametrize("name", CALLS)
+
+
+@calls
+def test_vmap(interpreter, name):
+  fn, shape = CALLS[name]
+  x = jnp.asarray(oracle.random_floats((2, *shape))).astype(BF16)
+  with interpreter():
+    out = jax.vmap(functools.partial(fn, implementation="interpret"))(x)
+  for leaf, right in zip(
+    jax.tree.leaves(out), jax.tree.leaves(jax.vmap(fn)(x)), strict=True
+  ):
+    np.testing.assert_array_equal(leaf.astype(F32), right.astype(F32))
+
+
+@calls
+def test_kernels_lower_for_cuda_without_a_gpu(name):
+  fn, shape = CALLS[name]
+  fn = functools.partial(fn, implementation="mosaic_gpu")
+  x = jax.ShapeDtypeStruct((2, *shape), BF16)
+  mesh = jax.make_mesh((1,), ("d",))
+  for transformed in (
+    jax.vmap(fn),
+    jax.shard_map(
+      lambda x: jax.tree.map(lambda leaf: leaf[None], fn(x[0])),
+      mesh=mesh,
+      in_specs=jax.P("d"),
+      out_specs=jax.P("d"),
+    ),
+    lambda x: jax.lax.scan(lambda _, x: (None, fn(x)), None, x)[1],
+  ):
+    exported = jax.export.export(jax.jit(transformed), platforms=["cuda"])(x)
+    assert "mosaic_gpu" in exported.mlir_module()
+
+
 # ---------------------------------------------------------------- Hopper
 
 
