@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.run import RESULTS, clocks, short_name, versions, write
+from benchmarks.shapes import ragged_sizes
 from benchmarks.timing import measure_us
-from jax_grouped_gemm import quantize, quantize_weights
+from jax_grouped_gemm import (
+  quantize,
+  quantize_for_k_grouped,
+  quantize_weights,
+)
 
 
 class Problem(NamedTuple):
-  """Rows (m, k) in blocks of (1, 128), or weights (g, k, n) of 128x128."""
+  """Rows or tokens (m, k), in blocks along k or m, or weights (g, k, n)."""
 
   set: str
   dims: tuple[int, ...]
@@ -29,12 +34,19 @@ SHAPES = {
   "deepgemm": [
     Problem("rows", (32768, 7168)),
     Problem("rows", (65536, 2048)),
+    Problem("tokens", (32768, 7168)),
+    Problem("tokens", (65536, 2048)),
     Problem("weights", (8, 4096, 14336)),
     Problem("weights", (256, 2048, 768)),
   ],
-  "smoke": [Problem("rows", (16, 256)), Problem("weights", (1, 144, 64))],
+  "smoke": [
+    Problem("rows", (16, 256)),
+    Problem("tokens", (50, 32)),
+    Problem("weights", (1, 144, 64)),
+  ],
 }
 PEERS = ("xla",)
+_GROUPS = 8  # of the tokens, ragged.
 _COPY_BYTES = {"gpu": 2**30}  # read; far more than the L2 cache.
 _COPY_BYTES_ELSEWHERE = 2**20
 
@@ -42,6 +54,11 @@ _COPY_BYTES_ELSEWHERE = 2**20
 def _function(problem: Problem, implementation: str):
   if problem.set == "weights":
     return lambda w: quantize_weights(w, implementation=implementation)
+  if problem.set == "tokens":
+    sizes = np.array(ragged_sizes(_GROUPS, problem.dims[0] // _GROUPS))
+    return lambda x: quantize_for_k_grouped(
+      x, sizes, implementation=implementation
+    )
   return lambda x: quantize(x, (1, 128), implementation=implementation)
 
 

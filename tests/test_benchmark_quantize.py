@@ -17,7 +17,7 @@ def test_rows_are_verified_and_compared_with_a_copy(tmp_path):
   written = json.loads(path.read_text())["rows"]
   assert [(row["set"], row["impl"]) for row in written] == [
     (name, impl)
-    for name in ("rows", "weights")
+    for name in ("rows", "tokens", "weights")
     for impl in ("copy", "ours", "xla")
   ]
   copy, ours = written[:2]

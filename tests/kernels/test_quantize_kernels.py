@@ -202,7 +202,7 @@ def test_kernels_lower_for_cuda_without_a_gpu(name):
   fn, shape = CALLS[name]
   fn = functools.partial(fn, implementation="mosaic_gpu")
   x = jax.ShapeDtypeStruct((2, *shape), BF16)
-  mesh = jax.make_mesh((1,), ("d",))
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
   for transformed in (
     jax.vmap(fn),
     jax.shard_map(
