@@ -1,16 +1,63 @@
 """From a tile of x in registers to FP8 values and their scales."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir.dialects import math as mlir_math
 
+from jax_grouped_gemm.kernels._pipeline import num_sms
 from jax_grouped_gemm.kernels.reference import MIN_AMAX, next_power_of_two
 
 _E5M2_MAX, _E5M2_INF = 0x7B, 0x7C  # bits, without the sign.
+
+
+def for_each_tile(num_tiles: int, num_slots: int, load, quantize_tile):
+  """Runs load(tile, slot), then quantize_tile(tile, slot), on this warpgroup's.
+
+  Warpgroups take turns with the tiles. num_slots of them are loaded ahead:
+  quantize_tile must order its reads of the slot before the next load.
+  """
+  wgs = lax.axis_size("wg")
+  stride = lax.axis_size("sm") * wgs
+  first = lax.axis_index("sm") * wgs + lax.axis_index("wg")
+  count = lax.div(num_tiles - first + stride - 1, stride)
+
+  for i in range(num_slots):
+    pl.when(i < count)(functools.partial(load, first + i * stride, i))
+
+  def step(i, _):
+    slot, ahead = lax.rem(i, num_slots), i + num_slots
+    quantize_tile(first + i * stride, slot)
+    pl.when(ahead < count)(lambda: load(first + ahead * stride, slot))
+    return 0
+
+  lax.fori_loop(0, count, step, 0)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def launch(kernel, *, name: str, wgs: int, num_tiles: int, interpret, **types):
+  """Returns the kernel, `wgs` warpgroups a CTA, as a function of operands."""
+  return plgpu.kernel(
+    kernel,
+    grid=(min(num_sms(), pl.cdiv(num_tiles, wgs)),),
+    grid_names=("sm",),
+    num_threads=wgs,
+    thread_name="wg",
+    compiler_params=plgpu.CompilerParams(
+      # Warpgroups share nothing, and commit_smem orders what each does.
+      unsafe_no_auto_barriers=True,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+    kernel_name=name,
+    interpret=plgpu.InterpretGPUParams() if interpret else None,
+    **types,
+  )
 
 
 def row_layout(dtype: DTypeLike):

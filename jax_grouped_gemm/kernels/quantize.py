@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Float32
 
 from jax_grouped_gemm.config import SCALE_ALIGN, SCALE_BLOCK
 from jax_grouped_gemm.kernels import _quantize
-from jax_grouped_gemm.kernels._pipeline import Ref, num_sms
+from jax_grouped_gemm.kernels._pipeline import Ref
 
 _WGS = 6  # warpgroups of a CTA.
 _SLOTS = 3  # tiles of each warpgroup on their way in, and on their way out.
@@ -50,30 +50,22 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   _, slots, tile_rows, _ = refs.x_smem.shape
   k_blocks = refs.scales_gmem.shape[0]
   num_tiles = pl.cdiv(refs.values_gmem.shape[0], tile_rows) * k_blocks
-  stride = lax.axis_size("sm") * _WGS
-  first = lax.axis_index("sm") * _WGS + wg
-  count = lax.div(num_tiles - first + stride - 1, stride)
 
-  def place(i):
+  def place(tile):
     """Returns the tile's rows, columns and column block."""
-    tile = first + i * stride
     row, block = lax.div(tile, k_blocks), lax.rem(tile, k_blocks)
     rows = pl.ds(row * tile_rows, tile_rows)
     return rows, pl.ds(block * SCALE_BLOCK, SCALE_BLOCK), block
 
-  def load(i, slot):
-    rows, cols, _ = place(i)
+  def load(tile, slot):
+    rows, cols, _ = place(tile)
     plgpu.copy_gmem_to_smem(
       refs.x_gmem.at[rows, cols],
       refs.x_smem.at[wg, slot],
       refs.full.at[wg * slots + slot],
     )
 
-  for i in range(slots):
-    pl.when(i < count)(functools.partial(load, i, i))
-
-  def quantize_tile(i, _):
-    slot = lax.rem(i, slots)
+  def quantize_tile(tile, slot):
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
     values, scales = _quantize.quantize_rows(
       _quantize.load_tile(refs.x_smem.at[wg, slot], layout, interpret),
@@ -89,18 +81,15 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     scales_smem[...] = scales
     # Orders the reads of the slot before the next load too.
     plgpu.commit_smem()
-    rows, cols, block = place(i)
+    rows, cols, block = place(tile)
     plgpu.copy_smem_to_gmem(
       refs.values_smem.at[wg, slot],
       refs.values_gmem.at[rows, cols],
       commit_group=False,
     )
     plgpu.copy_smem_to_gmem(scales_smem, refs.scales_gmem.at[block, rows])
-    pl.when(i + slots < count)(lambda: load(i + slots, slot))
-    return 0
 
-  lax.fori_loop(0, count, quantize_tile, 0)
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  _quantize.for_each_tile(num_tiles, slots, load, quantize_tile)
 
 
 # ---------------------------------------------------------------- launch
@@ -128,7 +117,7 @@ def quantize_rows(
   # Mosaic clips the stores of scales at the end of the array, not of a row.
   scales_width = _round_up(m_stored, tile_rows)
   num_tiles = scales_width // tile_rows * k_blocks
-  values, scales = plgpu.kernel(
+  values, scales = _quantize.launch(
     functools.partial(
       _kernel, power_of_two_scales=power_of_two_scales, interpret=interpret
     ),
@@ -144,17 +133,10 @@ def quantize_rows(
       ),
       full=plgpu.Barrier(num_barriers=_WGS * _SLOTS),
     ),
-    grid=(min(num_sms(), pl.cdiv(num_tiles, _WGS)),),
-    grid_names=("sm",),
-    num_threads=_WGS,
-    thread_name="wg",
-    compiler_params=plgpu.CompilerParams(
-      # Warpgroups share nothing, and commit_smem orders what each does.
-      unsafe_no_auto_barriers=True,
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    ),
-    kernel_name="quantize_rows_sm90",
-    interpret=plgpu.InterpretGPUParams() if interpret else None,
+    name="quantize_rows_sm90",
+    wgs=_WGS,
+    num_tiles=num_tiles,
+    interpret=interpret,
   )(x)
   return values, scales[:, :m_stored]
 

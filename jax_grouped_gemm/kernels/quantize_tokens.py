@@ -24,7 +24,7 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from jax_grouped_gemm.config import SCALE_BLOCK, WGMMA_M
 from jax_grouped_gemm.kernels import _quantize
-from jax_grouped_gemm.kernels._pipeline import Ref, num_sms
+from jax_grouped_gemm.kernels._pipeline import Ref
 
 _WGS = 3  # warpgroups of a CTA.
 _SLOTS = 3  # tiles of each warpgroup on their way in, and on their way out.
@@ -51,18 +51,14 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   slots = refs.x_smem.shape[1]
   blocks = refs.first_gmem.shape[0]
   tiles = refs.scales_gmem.shape[1] // WGMMA_M  # of a block
-  stride = lax.axis_size("sm") * _WGS
-  first = lax.axis_index("sm") * _WGS + wg
-  count = lax.div(blocks * tiles - first + stride - 1, stride)
 
-  def place(i):
+  def place(tile):
     """Returns the tile's block and features."""
-    tile = first + i * stride
     features = pl.ds(lax.rem(tile, tiles) * WGMMA_M, WGMMA_M)
     return lax.div(tile, tiles), features
 
-  def load(i, slot):
-    block, features = place(i)
+  def load(tile, slot):
+    block, features = place(tile)
     tokens = pl.ds(refs.first_gmem[block], SCALE_BLOCK)
     plgpu.copy_gmem_to_smem(
       refs.x_gmem.at[tokens, features],
@@ -70,12 +66,8 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
       refs.full.at[wg * slots + slot],
     )
 
-  for i in range(slots):
-    pl.when(i < count)(functools.partial(load, i, i))
-
-  def quantize_tile(i, _):
-    slot = lax.rem(i, slots)
-    block, features = place(i)
+  def quantize_tile(tile, slot):
+    block, features = place(tile)
     size = refs.size_gmem[block]
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
     x = _quantize.load_transposed(refs.x_smem.at[wg, slot], interpret)
@@ -104,11 +96,8 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     plgpu.copy_smem_to_gmem(
       refs.scales_smem.at[wg, slot], refs.scales_gmem.at[block, features]
     )
-    pl.when(i + slots < count)(lambda: load(i + slots, slot))
-    return 0
 
-  lax.fori_loop(0, count, quantize_tile, 0)
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  _quantize.for_each_tile(blocks * tiles, slots, load, quantize_tile)
 
 
 # ---------------------------------------------------------------- launch
@@ -134,7 +123,7 @@ def quantize_tokens(
   f_stored = max(WGMMA_M, pl.cdiv(f, _ROW_ALIGN) * _ROW_ALIGN)
   blocks, tiles = first.shape[0], pl.cdiv(f, WGMMA_M)
   slots = _WGS, _SLOTS
-  values, scales = plgpu.kernel(
+  values, scales = _quantize.launch(
     functools.partial(
       _kernel, power_of_two_scales=power_of_two_scales, interpret=interpret
     ),
@@ -149,16 +138,9 @@ def quantize_tokens(
       scales_smem=plgpu.SMEM((*slots, WGMMA_M), jnp.float32),
       full=plgpu.Barrier(num_barriers=_WGS * _SLOTS),
     ),
-    grid=(min(num_sms(), pl.cdiv(blocks * tiles, _WGS)),),
-    grid_names=("sm",),
-    num_threads=_WGS,
-    thread_name="wg",
-    compiler_params=plgpu.CompilerParams(
-      # Warpgroups share nothing, and commit_smem orders what each does.
-      unsafe_no_auto_barriers=True,
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    ),
-    kernel_name="quantize_tokens_sm90",
-    interpret=plgpu.InterpretGPUParams() if interpret else None,
+    name="quantize_tokens_sm90",
+    wgs=_WGS,
+    num_tiles=blocks * tiles,
+    interpret=interpret,
   )(x, first, sizes)
   return values[: pl.cdiv(f, _ROW_ALIGN) * _ROW_ALIGN], scales[:, :f]

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Float32
 
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.kernels import _quantize
-from jax_grouped_gemm.kernels._pipeline import Ref, num_sms
+from jax_grouped_gemm.kernels._pipeline import Ref
 
 _DTYPE = jnp.float8_e4m3fn
 _WGS = 2  # warpgroups of a CTA.
@@ -51,36 +51,28 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   _, slots, slices, _, slice_n = refs.w_smem.shape
   groups, k_blocks, n_blocks = refs.scales_gmem.shape
   num_blocks = groups * k_blocks * n_blocks
-  stride = lax.axis_size("sm") * _WGS
-  first = lax.axis_index("sm") * _WGS + wg
-  count = lax.div(num_blocks - first + stride - 1, stride)
 
-  def place(i):
+  def place(tile):
     """Returns the block's group and its place among the blocks there."""
-    block = first + i * stride
-    row = lax.div(block, n_blocks)
+    row = lax.div(tile, n_blocks)
     group = lax.div(row, k_blocks)
-    return group, lax.rem(row, k_blocks), lax.rem(block, n_blocks)
+    return group, lax.rem(row, k_blocks), lax.rem(tile, n_blocks)
 
-  def slice_of(i, j):
-    """Returns the group, the rows and the columns of slice j of block i."""
-    group, ki, ni = place(i)
+  def slice_of(tile, j):
+    """Returns the group, the rows and the columns of slice j of the block."""
+    group, ki, ni = place(tile)
     cols = pl.ds(ni * SCALE_BLOCK + j * slice_n, slice_n)
     return group, pl.ds(ki * SCALE_BLOCK, SCALE_BLOCK), cols
 
-  def load(i, slot):
+  def load(tile, slot):
     for j in range(slices):
       plgpu.copy_gmem_to_smem(
-        refs.w_gmem.at[slice_of(i, j)],
+        refs.w_gmem.at[slice_of(tile, j)],
         refs.w_smem.at[wg, slot, j],
         refs.full.at[wg * slots + slot],
       )
 
-  for i in range(slots):
-    pl.when(i < count)(functools.partial(load, i, i))
-
-  def quantize_block(i, _):
-    slot = lax.rem(i, slots)
+  def quantize_block(tile, slot):
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
 
     def read(j):
@@ -97,7 +89,7 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     scale = _scale(
       jnp.max(amax, axis=1), refs.rows_smem.at[wg], power_of_two_scales
     )
-    refs.scales_gmem[place(i)] = scale
+    refs.scales_gmem[place(tile)] = scale
     convert = functools.partial(
       _quantize.convert_by_scalar,
       scale=scale,
@@ -111,18 +103,15 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     # Orders the reads of the slot before the next load too.
     plgpu.commit_smem()
     for j in range(slices):
-      group, rows, cols = slice_of(i, j)
+      group, rows, cols = slice_of(tile, j)
       for smem, gmem in (
         (refs.values_smem, refs.values_gmem.at[group, rows, cols]),
         (refs.transposed_smem, refs.transposed_gmem.at[group, cols, rows]),
       ):
         plgpu.copy_smem_to_gmem(smem.at[wg, j], gmem, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
-    pl.when(i + slots < count)(lambda: load(i + slots, slot))
-    return 0
 
-  lax.fori_loop(0, count, quantize_block, 0)
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  _quantize.for_each_tile(num_blocks, slots, load, quantize_block)
 
 
 def _scale(amax, smem, power_of_two_scales: bool):
@@ -166,7 +155,7 @@ def quantize_weights(
   # it: a copy of the weights, unless their sizes are multiples of 8 and 64.
   k_missing = k_stored - k if k < SCALE_BLOCK else -k % 8
   w = jnp.pad(w, ((0, 0), (0, k_missing), (0, -n % slice_n)))
-  return plgpu.kernel(
+  return _quantize.launch(
     functools.partial(
       _kernel, power_of_two_scales=power_of_two_scales, interpret=interpret
     ),
@@ -182,15 +171,8 @@ def quantize_weights(
       rows_smem=plgpu.SMEM((_WGS, SCALE_BLOCK), jnp.float32),
       full=plgpu.Barrier(num_arrivals=slices, num_barriers=_WGS * _SLOTS),
     ),
-    grid=(min(num_sms(), pl.cdiv(groups * k_blocks * n_blocks, _WGS)),),
-    grid_names=("sm",),
-    num_threads=_WGS,
-    thread_name="wg",
-    compiler_params=plgpu.CompilerParams(
-      # Warpgroups share nothing, and commit_smem orders what each does.
-      unsafe_no_auto_barriers=True,
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    ),
-    kernel_name="quantize_weights_sm90",
-    interpret=plgpu.InterpretGPUParams() if interpret else None,
+    name="quantize_weights_sm90",
+    wgs=_WGS,
+    num_tiles=groups * k_blocks * n_blocks,
+    interpret=interpret,
   )(w)
