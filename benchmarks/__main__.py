@@ -18,21 +18,33 @@ from benchmarks import moe_layer, shapes, torch_peers
 from benchmarks.plot import plot
 from benchmarks.run import run
 
-_BENCHMARKS = ("m_grouped", "k_grouped", "masked", "decode")
+_BENCHMARKS = ("m_grouped", "k_grouped", "masked", "decode", "quantize")
 
 
 def _peers(benchmark: str, names):
-  from benchmarks import gemms
+  from benchmarks import gemms, quantize
 
-  ours = ("ours", "read")  # They always run.
-  peers = [impl for impl in gemms.IMPLS[benchmark] if impl not in ours]
-  peers += torch_peers.IMPLS_OF.get(benchmark, ())
+  if benchmark == "quantize":
+    peers = list(quantize.PEERS)
+  else:
+    ours = ("ours", "read")  # They always run.
+    peers = [impl for impl in gemms.IMPLS[benchmark] if impl not in ours]
+    peers += torch_peers.IMPLS_OF.get(benchmark, ())
   if names == ["all"]:
     return peers
   unknown = [name for name in names if name not in peers]
   if unknown:
     raise SystemExit(f"--peers must be of {peers} or all, got {unknown}")
   return names
+
+
+def _shapes(benchmark: str) -> list[str]:
+  """Returns what --shapes may be."""
+  if benchmark != "quantize":
+    return shapes.names(benchmark)
+  from benchmarks import quantize
+
+  return list(quantize.SHAPES)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,11 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     return moe_layer.main(args, argv)
   if args.do == "tune":
     args.benchmark = "m_grouped"
-  unknown = set(args.shapes) - set(shapes.names(args.benchmark))
+  names = _shapes(args.benchmark)
+  unknown = set(args.shapes) - set(names)
   if unknown:
-    parser.error(
-      f"--shapes must be of {shapes.names(args.benchmark)}, got {unknown}"
-    )
+    parser.error(f"--shapes must be of {names}, got {unknown}")
   if args.do == "tune":
     from benchmarks.tune import tune
     from jax_grouped_gemm.kernels import tuning
@@ -90,6 +101,10 @@ def main(argv: list[str] | None = None) -> int:
     return tune(problems, table, args.iterations, args.sweeps, args.jobs)
   args.peers = _peers(args.benchmark, args.peers)
   args.argv = argv
+  if args.benchmark == "quantize":
+    from benchmarks import quantize
+
+    return quantize.run(args)
   return run(args)
 
 

@@ -3,17 +3,19 @@
 from jax_grouped_gemm import moe
 from jax_grouped_gemm.config import Config, SmallGroupsConfig
 from jax_grouped_gemm.masked import m_grouped_gemm_masked
-from jax_grouped_gemm.ops import (
-  k_grouped_gemm,
-  m_grouped_gemm,
+from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
+from jax_grouped_gemm.quantization import (
+  QuantizedWeights,
   quantize,
   quantize_for_k_grouped,
+  quantize_weights,
 )
 from jax_grouped_gemm.ragged_dot import Recipe, ragged_dot
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 __all__ = [
   "Config",
+  "QuantizedWeights",
   "Recipe",
   "ScaledArray",
   "SmallGroupsConfig",
@@ -23,5 +25,6 @@ __all__ = [
   "moe",
   "quantize",
   "quantize_for_k_grouped",
+  "quantize_weights",
   "ragged_dot",
 ]

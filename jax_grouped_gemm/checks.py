@@ -5,14 +5,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_grouped_gemm import implementation as implementations
-from jax_grouped_gemm.config import SMEM_BYTES, Config, SmallGroupsConfig
+from jax_grouped_gemm.config import (
+  SCALE_BLOCK,
+  SMEM_BYTES,
+  Config,
+  SmallGroupsConfig,
+)
 from jax_grouped_gemm.scaled_array import ScaledArray, scales_shape
 
 _VALUE_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 _INPUT_DTYPES = tuple(
   map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64))
 )
-_KERNEL_OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+_KERNEL_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 _MAX_TILE_N = 192
 _KERNEL_ALIGN = 16  # of the sizes that kernels support.
 
@@ -23,12 +28,45 @@ def check_quantize(x, dtype: DTypeLike, implementation: str | None):
   check_input_dtype("x", x.dtype)
   check_value_dtype("dtype", dtype)
   implementations.check(implementation)
-  if implementation not in (None, "xla"):
-    raise NotImplementedError(
-      "quantisation has no kernel yet: implementation must be None or 'xla', "
-      f"got {implementation!r}"
-    )
   return x, dtype
+
+
+def unsupported_by_quantize(x, block_shape) -> str | None:
+  """Returns what of the call the kernels do not support, if anything."""
+  if x.ndim not in (2, 3) or block_shape != (1,) * (x.ndim - 1) + (
+    SCALE_BLOCK,
+  ):
+    return (
+      f"quantises (m, k) or (g, m, k) in blocks of {SCALE_BLOCK} along k, got "
+      f"x {x.shape} in blocks of {block_shape}"
+    )
+  return _unsupported_input("k", x.shape[-1], x.dtype)
+
+
+def unsupported_by_quantize_weights(w) -> str | None:
+  """Returns what of the weights (g, k, n) the kernel does not support."""
+  if w.dtype != jnp.bfloat16:
+    return f"quantises weights of bfloat16, got {w.dtype}"
+  return _unsupported_input("k", w.shape[1], w.dtype) or _unsupported_input(
+    "n", w.shape[2], w.dtype
+  )
+
+
+def unsupported_by_quantize_tokens(x) -> str | None:
+  """Returns what of the tokens (t, f) the kernel does not support."""
+  if x.dtype != jnp.bfloat16:
+    return f"quantises tokens of bfloat16, got {x.dtype}"
+  return _unsupported_input("f", x.shape[1], x.dtype)
+
+
+def _unsupported_input(name: str, size: int, dtype) -> str | None:
+  if size % _KERNEL_ALIGN:
+    return (
+      f"needs {name} to be a multiple of {_KERNEL_ALIGN}, got {name}={size}"
+    )
+  if dtype not in _KERNEL_DTYPES:
+    return f"quantises one of {_names(_KERNEL_DTYPES)}, got {dtype}"
+  return None
 
 
 def check_value_dtype(name: str, dtype):
@@ -162,6 +200,6 @@ def unsupported_by_kernels(sizes, lhs, rhs, out_dtype) -> str | None:
       f"multiplies {_VALUE_DTYPES[0]} values only, got lhs {lhs.dtype} and rhs "
       f"{rhs.dtype}"
     )
-  if out_dtype not in _KERNEL_OUT_DTYPES:
-    return f"gives one of {_names(_KERNEL_OUT_DTYPES)}, got {out_dtype}"
+  if out_dtype not in _KERNEL_DTYPES:
+    return f"gives one of {_names(_KERNEL_DTYPES)}, got {out_dtype}"
   return None

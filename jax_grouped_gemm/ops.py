@@ -1,4 +1,4 @@
-"""Quantisation and grouped GEMMs: checks the call, then picks what computes it.
+"""Grouped GEMMs: checks the call, then picks what computes it.
 
 Nothing here is differentiable; ragged_dot is.
 """
@@ -12,117 +12,9 @@ from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.config import SCALE_BLOCK, Config, SmallGroupsConfig
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.kernels import k_grouped, reference, tuning
-from jax_grouped_gemm.launch import ROW_ALIGN, m_grouped_kernel, run_kernel
+from jax_grouped_gemm.launch import m_grouped_kernel, run_kernel
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import ScaledArray
-
-# ---------------------------------------------------------------- quantize
-
-
-def quantize(
-  x: Float[Array, "..."],
-  block_shape: tuple[int, ...],
-  *,
-  dtype: DTypeLike = jnp.float8_e4m3fn,
-  power_of_two_scales: bool = False,
-  implementation: str | None = None,
-) -> ScaledArray:
-  """x = values * scales nearly: one scale for each block of `block_shape`.
-
-  A scale is max(|x| of the block, 1e-4) / the largest value of `dtype`, rounded
-  up to a power of two if `power_of_two_scales`. Values are rounded to the
-  nearest, ties to even. NaN and Inf stay where they are, Inf as NaN if `dtype`
-  has none, and do not enter the scale.
-
-  Args:
-    x: float32, bfloat16, float16 or float64.
-    block_shape: elements along each axis that share a scale.
-    dtype: float8_e4m3fn or float8_e5m2.
-    power_of_two_scales: rounds scales up, so that they multiply exactly.
-    implementation: None or "xla"; kernels for it do not exist yet.
-  """
-  x, dtype = checks.check_quantize(x, dtype, implementation)
-  block_shape = tuple(block_shape)
-  if len(block_shape) != x.ndim or any(block < 1 for block in block_shape):
-    raise ValueError(
-      f"block_shape must have a positive entry for each axis of x {x.shape}, "
-      f"got {block_shape}"
-    )
-  out = reference.quantize(
-    x,
-    block_shape=block_shape,
-    dtype=dtype,
-    power_of_two_scales=power_of_two_scales,
-  )
-  return _pad_storage(out)
-
-
-def quantize_for_k_grouped(
-  x: Float[Array, "t f"],
-  group_sizes: Int[Array, "g_all"],
-  *,
-  dtype: DTypeLike = jnp.float8_e4m3fn,
-  power_of_two_scales: bool = False,
-  group_offset: Int[Array, "1"] | None = None,
-  num_groups: int | None = None,
-  implementation: str | None = None,
-) -> ScaledArray:
-  """x (t, f) tokens x features -> (f, t_padded), an operand of k_grouped_gemm.
-
-  Each group's tokens are padded with zeros to a multiple of 128. t_padded is
-  the most that can be needed, whatever the sizes. Scales, (f, t_padded / 128),
-  are as quantize makes them. Rows of x of no group are left out.
-
-  Args:
-    x: the tokens, sorted by group.
-    group_sizes: tokens of each group.
-    dtype: as in quantize.
-    power_of_two_scales: as in quantize.
-    group_offset: first group to keep; needs `num_groups`.
-    num_groups: number of groups to keep from there on; others are left out.
-    implementation: as in quantize.
-  """
-  x, dtype = checks.check_quantize(x, dtype, implementation)
-  if x.ndim != 2:
-    raise ValueError(f"x must be (tokens, features), got shape {x.shape}")
-  if (group_offset is None) != (num_groups is None):
-    raise ValueError(
-      "group_offset and num_groups go together, got "
-      f"{group_offset=}, {num_groups=}"
-    )
-  if num_groups is None:
-    num_groups = jnp.size(group_sizes)
-  group_sizes, group_offset = check_group_sizes(
-    group_sizes, x.shape[0], num_groups, group_offset
-  )
-  x, group_sizes, group_offset = vary_alike(x, group_sizes, group_offset)
-  out = reference.quantize_for_k_grouped(
-    x,
-    *schedule.group_bounds(group_sizes, x.shape[0], group_offset, num_groups),
-    dtype=dtype,
-    power_of_two_scales=power_of_two_scales,
-  )
-  return _pad_storage(out)
-
-
-def _pad_storage(x: ScaledArray) -> ScaledArray:
-  """Pads the values to what the kernels read, so that no call has to."""
-  if x.block_shape[-1:] != (SCALE_BLOCK,):
-    return x
-  aligns = [1] * (x.ndim - 2) + [_row_align(x), SCALE_BLOCK][-x.ndim :]
-  padding = tuple(
-    -size % align for size, align in zip(x.shape, aligns, strict=True)
-  )
-  values = jnp.pad(x.values, [(0, count) for count in padding])
-  return ScaledArray(values, x.scales, x.block_shape, padding)
-
-
-def _row_align(x: ScaledArray) -> int:
-  """Rows in whole scale blocks too, if they have any, for the sake of x.mT."""
-  return max((ROW_ALIGN, *x.block_shape[-2:-1]))
-
-
-# ---------------------------------------------------------------- GEMMs
 
 
 def m_grouped_gemm(

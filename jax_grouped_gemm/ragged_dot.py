@@ -17,12 +17,8 @@ from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.kernels.unquantized import Unquantized
 from jax_grouped_gemm.manual_axes import vary_alike
-from jax_grouped_gemm.ops import (
-  k_grouped_gemm,
-  m_grouped_gemm,
-  quantize,
-  quantize_for_k_grouped,
-)
+from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
+from jax_grouped_gemm.quantization import quantize, quantize_for_k_grouped
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 _PRODUCTS = ("fp8", "bf16")

@@ -145,3 +145,23 @@ def token_block_bounds(
   sizes = _clip(sizes, 0, num_blocks * TOKEN_BLOCK)
   ends = _saturating_cumsum(_ceil_div(sizes, TOKEN_BLOCK), num_blocks)
   return jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]]), ends
+
+
+def token_blocks(
+  starts: Int32[Array, "g"], ends: Int32[Array, "g"], num_tokens: int
+) -> tuple[Int32[Array, "b"], Int32[Array, "b"]]:
+  """Returns (first, sizes), the tokens of each of max_token_blocks blocks.
+
+  Those past the last group's have none.
+  """
+  groups = starts.shape[0]
+  num_blocks = max_token_blocks(num_tokens, groups)
+  block_starts, block_ends = token_block_bounds(ends - starts, num_blocks)
+  block = jnp.arange(num_blocks, dtype=jnp.int32)
+  group = jnp.searchsorted(
+    block_ends, block, side="right", method="compare_all"
+  )
+  # The last blocks may be nobody's: past all tokens of the last group.
+  group = jnp.minimum(group, groups - 1)
+  first = starts[group] + (block - block_starts[group]) * TOKEN_BLOCK
+  return first, jnp.clip(ends[group] - first, 0, TOKEN_BLOCK)

@@ -18,6 +18,7 @@ from jax_grouped_gemm import (
   m_grouped_gemm_masked,
   quantize,
   quantize_for_k_grouped,
+  quantize_weights,
   ragged_dot,
 )
 
@@ -103,12 +104,47 @@ CASES = [
   (quantize, {"block_shape": (128,)}, ValueError, r"\(4, 4\), got \(128,\)"),
   (quantize, {"block_shape": (1, 0)}, ValueError, r"positive.*\(1, 0\)"),
   (quantize, {"implementation": "cuda"}, ValueError, "one of.*got 'cuda'"),
-  (quantize, {"implementation": "interpret"}, NotImplementedError, "no kernel"),
+  (
+    quantize,
+    {"implementation": "interpret"},
+    NotImplementedError,
+    "multiple of 16.*k=4",
+  ),
   (
     for_k_grouped,
     {"x": ONES(10)},
     ValueError,
     r"features\), got shape \(10,\)",
+  ),
+  (
+    for_k_grouped,
+    {"implementation": "interpret"},
+    NotImplementedError,
+    "tokens of bfloat16, got float32",
+  ),
+  (
+    quantize,
+    {"implementation": "interpret", "block_shape": (2, 128)},
+    NotImplementedError,
+    r"blocks of 128 along k, got x \(4, 4\) in blocks of \(2, 128\)",
+  ),
+  (
+    quantize_weights,
+    {"w": ONES((4, 4))},
+    ValueError,
+    r"\(g, k, n\), got shape \(4, 4\)",
+  ),
+  (
+    quantize_weights,
+    {"w": ONES((2, 16, 16)), "implementation": "mosaic_gpu"},
+    NotImplementedError,
+    "weights of bfloat16, got float32",
+  ),
+  (
+    quantize_weights,
+    {"w": ONES((2, 16, 24), jnp.bfloat16), "implementation": "mosaic_gpu"},
+    NotImplementedError,
+    "multiple of 16, got n=24",
   ),
   # Operands of the GEMMs.
   (m_grouped, {"lhs": ONES((10, 32))}, TypeError, "lhs must be a ScaledArray"),

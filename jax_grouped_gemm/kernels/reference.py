@@ -18,7 +18,7 @@ from jax_grouped_gemm.scaled_array import (
   scales_shape,
 )
 
-_MIN_AMAX = 1e-4  # of a block, as DeepSeek-V3 and DeepGEMM have it.
+MIN_AMAX = 1e-4  # of a block, as DeepSeek-V3 and DeepGEMM have it.
 
 # ---------------------------------------------------------------- quantize
 
@@ -39,11 +39,11 @@ def quantize(
   """
   x = x.astype(jnp.float32)
   largest = float(jnp.finfo(dtype).max)
-  amax = jnp.maximum(_block_amax(x, block_shape), _MIN_AMAX)
+  amax = jnp.maximum(_block_amax(x, block_shape), MIN_AMAX)
   # XLA turns a division by a constant into this anyway, but not everywhere.
   scales = amax * jnp.float32(1 / largest)
   if power_of_two_scales:
-    scales = _next_power_of_two(scales)
+    scales = next_power_of_two(scales)
   finite = jnp.isfinite(x)
   # XLA turns x / broadcast(scales) into x * (1 / scales), which may round to
   # another value. It does not where the divisor depends on x.
@@ -69,7 +69,7 @@ def _block_amax(
   return magnitude.max(axis=tuple(range(1, 2 * x.ndim, 2)))
 
 
-def _next_power_of_two(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+def next_power_of_two(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
   """Rounds positive normal numbers up to a power of two."""
   mantissa = (1 << jnp.finfo(jnp.float32).nmant) - 1
   bits = lax.bitcast_convert_type(x, jnp.int32)
@@ -86,20 +86,11 @@ def quantize_for_k_grouped(
   power_of_two_scales: bool,
 ) -> ScaledArray:
   """x (t, f) -> (f, t_padded), each group padded to whole token blocks."""
-  num_tokens, groups = x.shape[0], starts.shape[0]
-  num_blocks = schedule.max_token_blocks(num_tokens, groups)
-  block_starts, block_ends = schedule.token_block_bounds(
-    ends - starts, num_blocks
-  )
-  block = jnp.arange(num_blocks, dtype=jnp.int32)
-  group = jnp.searchsorted(
-    block_ends, block, side="right", method="compare_all"
-  )
-  # The last blocks may be nobody's: past all tokens of the last group.
-  group = jnp.minimum(group, groups - 1)
-  first = starts[group] + (block - block_starts[group]) * schedule.TOKEN_BLOCK
-  token = first[:, None] + jnp.arange(schedule.TOKEN_BLOCK, dtype=jnp.int32)
-  inside = (token < ends[group][:, None]).reshape(-1, 1)
+  num_tokens = x.shape[0]
+  first, sizes = schedule.token_blocks(starts, ends, num_tokens)
+  place = jnp.arange(schedule.TOKEN_BLOCK, dtype=jnp.int32)
+  inside = (place < sizes[:, None]).reshape(-1, 1)
+  token = first[:, None] + place
   token = jnp.clip(token, 0, num_tokens - 1).reshape(-1)
   return quantize(
     jnp.where(inside, x[token], 0),

@@ -16,7 +16,8 @@ from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe.bias import add_bias
-from jax_grouped_gemm.ops import m_grouped_gemm, quantize
+from jax_grouped_gemm.ops import m_grouped_gemm
+from jax_grouped_gemm.quantization import quantize
 from jax_grouped_gemm.ragged_dot import (
   QUANTIZED_WEIGHTS,
   Recipe,

@@ -1,0 +1,152 @@
+"""Times quantisation, whose time is that of moving bytes."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.run import RESULTS, clocks, short_name, versions, write
+from benchmarks.shapes import ragged_sizes
+from benchmarks.timing import measure_us
+from jax_grouped_gemm import (
+  quantize,
+  quantize_for_k_grouped,
+  quantize_weights,
+)
+
+
+class Problem(NamedTuple):
+  """Rows or tokens (m, k), in blocks along k or m, or weights (g, k, n)."""
+
+  set: str
+  dims: tuple[int, ...]
+
+  @property
+  def shape(self) -> str:
+    """What it is called."""
+    return "x".join(map(str, self.dims))
+
+
+# --shapes -> problems
+SHAPES = {
+  "deepgemm": [
+    Problem("rows", (32768, 7168)),
+    Problem("rows", (65536, 2048)),
+    Problem("tokens", (32768, 7168)),
+    Problem("tokens", (65536, 2048)),
+    Problem("weights", (8, 4096, 14336)),
+    Problem("weights", (256, 2048, 768)),
+  ],
+  "smoke": [
+    Problem("rows", (16, 256)),
+    Problem("tokens", (50, 32)),
+    Problem("weights", (1, 144, 64)),
+  ],
+}
+PEERS = ("xla",)
+_GROUPS = 8  # of the tokens, ragged.
+_COPY_BYTES = {"gpu": 2**30}  # read; far more than the L2 cache.
+_COPY_BYTES_ELSEWHERE = 2**20
+
+
+def _function(problem: Problem, implementation: str):
+  if problem.set == "weights":
+    return lambda w: quantize_weights(w, implementation=implementation)
+  if problem.set == "tokens":
+    sizes = np.array(ragged_sizes(_GROUPS, problem.dims[0] // _GROUPS))
+    return lambda x: quantize_for_k_grouped(
+      x, sizes, implementation=implementation
+    )
+  return lambda x: quantize(x, (1, 128), implementation=implementation)
+
+
+def _difference(out, expected) -> tuple[int, int]:
+  """Returns how many values or scales differ, and the most in units of bits."""
+  count = most = 0
+  leaves = zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True)
+  for x, y in leaves:
+    x, y = (np.asarray(z).view(f"i{z.dtype.itemsize}") for z in (x, y))
+    wrong = x != y
+    if wrong.any():
+      count += int(wrong.sum())
+      bits = x[wrong].astype(np.int64) - y[wrong]
+      most = max(most, int(np.abs(bits).max()))
+  return count, most
+
+
+def _copy_row(iterations: int) -> dict:
+  """Checks and times x + 1, by XLA."""
+  num_bytes = _COPY_BYTES.get(jax.default_backend(), _COPY_BYTES_ELSEWHERE)
+  x = jnp.arange(num_bytes // 4, dtype=jnp.uint32)
+  copy = lambda x: x + jnp.uint32(1)
+  us = measure_us(copy, x, iterations=iterations)
+  return {
+    "impl": "copy",
+    "us": round(us, 2),
+    "gbps": round(2 * num_bytes / us / 1e3, 1),
+    "verified": bool(jnp.all(jax.jit(copy)(x) - x == 1)),
+  }
+
+
+def rows(problem: Problem, peers, iterations: int):
+  """Yields a row of bandwidth, then one for each implementation."""
+  copy = _copy_row(iterations)
+  yield copy
+  on_gpu = jax.default_backend() == "gpu"
+  x = jax.random.normal(jax.random.key(0), problem.dims, jnp.bfloat16)
+  # On a CPU XLA divides to the nearest, on a GPU it does not.
+  on_cpu = jax.device_put(x, jax.devices("cpu")[0])
+  expected = jax.jit(_function(problem, "xla"))(on_cpu)
+  for impl in ("ours", *peers):
+    ours = "mosaic_gpu" if on_gpu else "interpret"
+    fn = _function(problem, ours if impl == "ours" else impl)
+    out = jax.jit(fn)(x)
+    different, most = _difference(out, expected)
+    num_bytes = sum(a.nbytes for a in jax.tree.leaves((x, out)))
+    del out
+    us = measure_us(fn, x, iterations=iterations)
+    gbps = num_bytes / us / 1e3
+    yield {
+      "impl": impl,
+      "us": round(us, 2),
+      "gbps": round(gbps, 1),
+      "of_copy": round(gbps / copy["gbps"], 3),
+      "different": different,
+      # A peer may round a few quotients to the neighbour.
+      "verified": most <= (0 if impl == "ours" else 1),
+    }
+
+
+def run(args) -> int:
+  """Times what `args` names; 1 if a result is wrong."""
+  device = jax.devices()[0].device_kind
+  print(f"{device} ({clocks()}), {versions()}; normal random bfloat16 numbers")
+  done = []
+  for name in args.shapes:
+    for problem in SHAPES[name]:
+      if args.only not in problem.shape:
+        continue
+      for row in rows(problem, args.peers, args.iterations):
+        *batch, m, k = problem.dims
+        g = math.prod(batch)
+        head = {"set": problem.set, "shape": problem.shape}
+        done.append(
+          {**head, "impl": row["impl"], "g": g, "m": m, "k": k, **row}
+        )
+        print(_line(done[-1]), flush=True)
+      path = args.json or RESULTS / f"quantize-{short_name(device)}.json"
+      # After each problem: a run that is cut off leaves what it measured.
+      write(path, "quantize", device, done, args)
+  return 0 if all(row["verified"] for row in done) else 1
+
+
+def _line(row) -> str:
+  """shape | us | GB/s | % of a copy | how many bits are wrong."""
+  of_copy = 100 * row.get("of_copy", 1)
+  return (
+    f"{row['set']:8} {row['shape']:16} {row['impl']:6} {row['us']:10.1f} us "
+    f"{row['gbps']:7.1f} GB/s {of_copy:5.1f} % of copy "
+    f"{row.get('different', 0)} differ{'' if row['verified'] else ' WRONG'}"
+  )

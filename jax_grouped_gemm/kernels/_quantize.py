@@ -1,0 +1,213 @@
+"""From a tile of x in registers to FP8 values and their scales."""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxlib.mlir.dialects import math as mlir_math
+
+from jax_grouped_gemm.kernels._pipeline import num_sms
+from jax_grouped_gemm.kernels.reference import MIN_AMAX, next_power_of_two
+
+_E5M2_MAX, _E5M2_INF = 0x7B, 0x7C  # bits, without the sign.
+
+
+def for_each_tile(num_tiles: int, num_slots: int, load, quantize_tile):
+  """Runs load(tile, slot), then quantize_tile(tile, slot), on this warpgroup's.
+
+  Warpgroups take turns with the tiles. num_slots of them are loaded ahead:
+  quantize_tile must order its reads of the slot before the next load.
+  """
+  wgs = lax.axis_size("wg")
+  stride = lax.axis_size("sm") * wgs
+  first = lax.axis_index("sm") * wgs + lax.axis_index("wg")
+  count = lax.div(num_tiles - first + stride - 1, stride)
+
+  for i in range(num_slots):
+    pl.when(i < count)(functools.partial(load, first + i * stride, i))
+
+  def step(i, _):
+    slot, ahead = lax.rem(i, num_slots), i + num_slots
+    quantize_tile(first + i * stride, slot)
+    pl.when(ahead < count)(lambda: load(first + ahead * stride, slot))
+    return 0
+
+  lax.fori_loop(0, count, step, 0)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def launch(kernel, *, name: str, wgs: int, num_tiles: int, interpret, **types):
+  """Returns the kernel, `wgs` warpgroups a CTA, as a function of operands."""
+  return plgpu.kernel(
+    kernel,
+    grid=(min(num_sms(), pl.cdiv(num_tiles, wgs)),),
+    grid_names=("sm",),
+    num_threads=wgs,
+    thread_name="wg",
+    compiler_params=plgpu.CompilerParams(
+      # Warpgroups share nothing, and commit_smem orders what each does.
+      unsafe_no_auto_barriers=True,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+    kernel_name=name,
+    interpret=plgpu.InterpretGPUParams() if interpret else None,
+    **types,
+  )
+
+
+def row_layout(dtype: DTypeLike):
+  """Registers of (rows, 128): each thread has 16 bytes of neighbours in a row.
+
+  So without swizzling, reads of x from SMEM and writes of FP8 values to it
+  touch each bank once: rows are whole half warps, or warps for f32.
+  """
+  width = 16 // jnp.dtype(dtype).itemsize
+  if width == 4:
+    tiling, warps, lanes = ((4, 128), (4,)), (-3,), (-2,)
+  else:
+    tiling, warps, lanes = ((8, 128), (2, 128), (8,)), (-5,), (-3, -2)
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(tiling), warp_dims=warps, lane_dims=lanes, vector_dim=-1
+  )
+
+
+def load_tile(ref, layout, interpret: bool):
+  """Reads (rows, 128) of SMEM that is not swizzled.
+
+  plgpu.load would have Mosaic swizzle it, and then TMA wants rows and columns
+  of x in whole swizzled tiles.
+  """
+  if interpret:  # It cannot run what is inlined.
+    return plgpu.load(ref, layout=layout)
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(),),
+    return_type=plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=layout),
+  )
+  def load(_, ref):
+    return mgpu.FragmentedArray.load_untiled(ref, layout=layout.to_mgpu())
+
+  return load(ref)
+
+
+def load_transposed(ref, interpret: bool):
+  """Reads (128, rows) of SMEM that is not swizzled as (rows, 128).
+
+  In the layout of wgmma accumulators. TMA may start at any token so, but eight
+  threads at a time want one bank.
+  """
+  layout = plgpu.Layout.WGMMA
+  if interpret:  # It cannot run what is inlined.
+    return plgpu.load(ref.T, layout=layout)
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(),),
+    return_type=plgpu.ShapeDtypeStruct(
+      ref.shape[::-1], ref.dtype, layout=layout
+    ),
+  )
+  def load(_, ref):
+    return mgpu.FragmentedArray.load_untiled(
+      utils.memref_transpose(ref, (1, 0)),
+      layout=layout.to_mgpu(),
+      optimized=False,
+    )
+
+  return load(ref)
+
+
+def finite_magnitude(x):
+  """|x|, 0 where x is not finite."""
+  magnitude = jnp.abs(x)
+  return jnp.where(magnitude < jnp.inf, magnitude, 0.0)  # NaN is not less.
+
+
+def scale_of(amax, dtype: DTypeLike, power_of_two_scales: bool):
+  """Returns the scale of blocks whose largest magnitudes are `amax`."""
+  largest = float(jnp.finfo(dtype).max)
+  scale = jnp.maximum(amax, MIN_AMAX) * jnp.float32(1 / largest)
+  return next_power_of_two(scale) if power_of_two_scales else scale
+
+
+def quantize_rows(
+  x,
+  layout,
+  dtype: DTypeLike,
+  power_of_two_scales: bool,
+  interpret: bool,
+):
+  """Returns values (rows, 128) and scales (rows,), as reference.quantize."""
+  x = x.astype(jnp.float32)
+  amax = jnp.max(finite_magnitude(x), axis=1)
+  scales = scale_of(amax, dtype, power_of_two_scales)
+  return _convert(x, scales, layout, dtype, interpret), scales
+
+
+def convert_by_scalar(x, *, scale, dtype: DTypeLike, interpret: bool):
+  """Returns x / scale in FP8, x in the layout of wgmma accumulators."""
+  scales = lax.broadcast_in_dim(scale, x.shape[:1], ())
+  scales = plgpu.layout_cast(scales, plgpu.Layout.WGMMA.reduce(1))
+  return _convert(x, scales, plgpu.Layout.WGMMA, dtype, interpret)
+
+
+def _convert(x, scales, layout, dtype: DTypeLike, interpret: bool):
+  """Returns x / scales[:, None] in FP8."""
+  # Nothing to clip: at most largest * (1 + 2^-22), which rounds to largest.
+  scaled = _divide(x, scales, layout, interpret)
+  if dtype == jnp.float8_e4m3fn:
+    return scaled.astype(dtype)
+  # The hardware's conversion saturates, so Inf is made of the largest value.
+  largest = float(jnp.finfo(dtype).max)
+  infinite = jnp.abs(x) == jnp.inf
+  values = jnp.where(infinite, jnp.clip(x, -largest, largest), scaled)
+  bits = lax.bitcast_convert_type(values.astype(dtype), jnp.int8)
+  bits ^= jnp.where(infinite, _E5M2_MAX ^ _E5M2_INF, 0).astype(jnp.int8)
+  return lax.bitcast_convert_type(bits, dtype)
+
+
+def _divide(x, scales, layout, interpret: bool):
+  """x / scales[:, None] to the nearest, NaN where x is not finite.
+
+  What Mosaic makes of a division, div.full.f32, may be off by 2 units. Below
+  2^-100 the quotient may be off too, but FP8 has zeros there.
+  """
+  divisor = lax.broadcast_in_dim(scales, x.shape, (0,))
+  if interpret:
+    # A divisor that depends on x: see reference.quantize.
+    finite = jnp.abs(x) < jnp.inf
+    return jnp.where(finite, x / jnp.where(finite, divisor, 1.0), jnp.nan)
+  row_layout = layout.reduce(1)
+
+  @plgpu.inline_mgpu(
+    arg_types=(row_layout,),
+    return_type=plgpu.ShapeDtypeStruct(
+      scales.shape, jnp.float32, layout=row_layout
+    ),
+  )
+  def reciprocal(_, scales):
+    rcp = mgpu.FragmentedArray._lift_fast_instr("rcp.rn.f32")
+    return scales._pointwise(rcp)
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout, layout, layout),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout),
+  )
+  def divide(_, x, divisor, inverse):
+    # Markstein: with an inverse to the nearest, a quotient that is less than a
+    # unit off becomes one to the nearest. The first correction makes it so.
+    # Inf becomes NaN, as Inf - Inf.
+    fma = lambda a, b, c: a._pointwise(mlir_math.fma, b, c)
+    minus_divisor = -divisor
+    quotient = x * inverse
+    for _ in range(2):
+      rest = fma(minus_divisor, quotient, x)
+      quotient = fma(rest, inverse, quotient)
+    return quotient
+
+  inverse = lax.broadcast_in_dim(reciprocal(scales), x.shape, (0,))
+  return divide(x, divisor, inverse)

@@ -1,0 +1,273 @@
+"""Quantisation: checks the call, then picks what computes it.
+
+Nothing here is differentiable; ragged_dot is.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jax_grouped_gemm import checks, schedule
+from jax_grouped_gemm import implementation as implementations
+from jax_grouped_gemm.config import SCALE_BLOCK
+from jax_grouped_gemm.group_sizes import check_group_sizes
+from jax_grouped_gemm.kernels import quantize as quantize_kernel
+from jax_grouped_gemm.kernels import quantize_tokens as tokens_kernel
+from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
+from jax_grouped_gemm.kernels import reference
+from jax_grouped_gemm.launch import ROW_ALIGN
+from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.scaled_array import ScaledArray
+
+_WEIGHTS_DTYPE = jnp.float8_e4m3fn
+
+
+def quantize(
+  x: Float[Array, "..."],
+  block_shape: tuple[int, ...],
+  *,
+  dtype: DTypeLike = jnp.float8_e4m3fn,
+  power_of_two_scales: bool = False,
+  implementation: str | None = None,
+) -> ScaledArray:
+  """x = values * scales nearly: one scale for each block of `block_shape`.
+
+  A scale is max(|x| of the block, 1e-4) / the largest value of `dtype`, rounded
+  up to a power of two if `power_of_two_scales`. Values are rounded to the
+  nearest, ties to even. NaN and Inf stay where they are, Inf as NaN if `dtype`
+  has none, and do not enter the scale.
+
+  Args:
+    x: float32, bfloat16, float16 or float64.
+    block_shape: elements along each axis that share a scale.
+    dtype: float8_e4m3fn or float8_e5m2.
+    power_of_two_scales: rounds scales up, so that they multiply exactly.
+    implementation: None or "xla", or "mosaic_gpu" or "interpret", for kernels
+      that quantise float32 and bfloat16 x of (m, k) or (g, m, k), k a multiple
+      of 16, in blocks of 128 along k.
+  """
+  x, dtype = checks.check_quantize(x, dtype, implementation)
+  block_shape = tuple(block_shape)
+  if len(block_shape) != x.ndim or any(block < 1 for block in block_shape):
+    raise ValueError(
+      f"block_shape must have a positive entry for each axis of x {x.shape}, "
+      f"got {block_shape}"
+    )
+  implementation = _choose(
+    implementation, checks.unsupported_by_quantize(x, block_shape)
+  )
+  if implementation == "xla" or x.size == 0:
+    out = reference.quantize(
+      x,
+      block_shape=block_shape,
+      dtype=dtype,
+      power_of_two_scales=power_of_two_scales,
+    )
+    return _pad_storage(out)
+  return _quantize_rows(
+    x,
+    dtype=dtype,
+    power_of_two_scales=power_of_two_scales,
+    interpret=implementation == "interpret",
+  )
+
+
+def _choose(implementation: str | None, unsupported: str | None) -> str:
+  # Without this line None means the kernels on a Hopper GPU. They have not run
+  # on one yet.
+  implementation = implementation or "xla"
+  return implementations.choose(implementation, unsupported)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("dtype", "power_of_two_scales", "interpret")
+)
+def _quantize_rows(x, *, interpret: bool, **static) -> ScaledArray:
+  """quantize of (m, k) or (g, m, k) in blocks of 128 along k, by the kernel."""
+  *batch, m, k = x.shape
+  padding = (*(0 for _ in batch), -m % ROW_ALIGN, -k % SCALE_BLOCK)
+  if batch:
+    # Each group's rows are padded. Costs a copy, if there is anything to pad.
+    x = jnp.pad(x, [(0, 0), (0, padding[-2]), (0, 0)])
+  operand = x if interpret else implementations.cuda_only(x)
+  values, scales = vary_alike(
+    *quantize_kernel.quantize_rows(
+      operand.reshape(-1, k), interpret=interpret, **static
+    ),
+    x,
+  )[:2]
+  stored = (*batch, m + padding[-2])
+  return ScaledArray(
+    values.reshape(*stored, k + padding[-1]),
+    scales.T.reshape(*stored, -1)[..., :m, :],
+    (*(1 for _ in batch), 1, SCALE_BLOCK),
+    padding,
+  )
+
+
+class QuantizedWeights(NamedTuple):
+  """Weights (g, k, n) in blocks of 128x128, in the layouts of two GEMMs.
+
+  Attributes:
+    forward: (g, n, k), rhs of m_grouped_gemm in the forward pass.
+    dgrad: (g, k, n), rhs of m_grouped_gemm for the gradient of lhs. The same
+      values and scales, transposed.
+  """
+
+  forward: ScaledArray
+  dgrad: ScaledArray
+
+
+def quantize_weights(
+  w: Float[Array, "g k n"],
+  *,
+  power_of_two_scales: bool = False,
+  implementation: str | None = None,
+) -> QuantizedWeights:
+  """w (g, k, n) -> (g, n, k) and (g, k, n), as quantize in blocks of 128x128.
+
+  Args:
+    w: as in quantize.
+    power_of_two_scales: as in quantize.
+    implementation: None or "xla", or "mosaic_gpu" or "interpret", for a kernel
+      that reads bfloat16 weights once, k and n multiples of 16.
+  """
+  w, _ = checks.check_quantize(w, _WEIGHTS_DTYPE, implementation)
+  if w.ndim != 3:
+    raise ValueError(f"w must be (g, k, n), got shape {w.shape}")
+  implementation = _choose(
+    implementation, checks.unsupported_by_quantize_weights(w)
+  )
+  if implementation == "xla" or w.size == 0:
+    dgrad = quantize(
+      w,
+      (1, SCALE_BLOCK, SCALE_BLOCK),
+      dtype=_WEIGHTS_DTYPE,
+      power_of_two_scales=power_of_two_scales,
+      implementation="xla",
+    )
+    return QuantizedWeights(dgrad.mT, dgrad)
+  return _quantize_weights(
+    w,
+    power_of_two_scales=power_of_two_scales,
+    interpret=implementation == "interpret",
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=("power_of_two_scales", "interpret")
+)
+def _quantize_weights(w, *, interpret: bool, **static) -> QuantizedWeights:
+  """quantize_weights, by the kernel."""
+  operand = w if interpret else implementations.cuda_only(w)
+  values, transposed, scales, _ = vary_alike(
+    *weights_kernel.quantize_weights(operand, interpret=interpret, **static), w
+  )
+  dgrad = ScaledArray(
+    values,
+    scales,
+    (1, SCALE_BLOCK, SCALE_BLOCK),
+    (0, *(-size % SCALE_BLOCK for size in w.shape[1:])),
+  )
+  forward = ScaledArray(
+    transposed, scales.mT, dgrad.block_shape, dgrad.mT.padding
+  )
+  return QuantizedWeights(forward, dgrad)
+
+
+def quantize_for_k_grouped(
+  x: Float[Array, "t f"],
+  group_sizes: Int[Array, "g_all"],
+  *,
+  dtype: DTypeLike = jnp.float8_e4m3fn,
+  power_of_two_scales: bool = False,
+  group_offset: Int[Array, "1"] | None = None,
+  num_groups: int | None = None,
+  implementation: str | None = None,
+) -> ScaledArray:
+  """x (t, f) tokens x features -> (f, t_padded), an operand of k_grouped_gemm.
+
+  Each group's tokens are padded with zeros to a multiple of 128. t_padded is
+  the most that can be needed, whatever the sizes. Scales, (f, t_padded / 128),
+  are as quantize makes them. Rows of x of no group are left out.
+
+  Args:
+    x: the tokens, sorted by group.
+    group_sizes: tokens of each group.
+    dtype: as in quantize.
+    power_of_two_scales: as in quantize.
+    group_offset: first group to keep; needs `num_groups`.
+    num_groups: number of groups to keep from there on; others are left out.
+    implementation: None or "xla", or "mosaic_gpu" or "interpret", for a kernel
+      that takes bfloat16 x of a multiple of 16 features.
+  """
+  x, dtype = checks.check_quantize(x, dtype, implementation)
+  if x.ndim != 2:
+    raise ValueError(f"x must be (tokens, features), got shape {x.shape}")
+  if (group_offset is None) != (num_groups is None):
+    raise ValueError(
+      "group_offset and num_groups go together, got "
+      f"{group_offset=}, {num_groups=}"
+    )
+  implementation = _choose(
+    implementation, checks.unsupported_by_quantize_tokens(x)
+  )
+  if num_groups is None:
+    num_groups = jnp.size(group_sizes)
+  group_sizes, group_offset = check_group_sizes(
+    group_sizes, x.shape[0], num_groups, group_offset
+  )
+  x, group_sizes, group_offset = vary_alike(x, group_sizes, group_offset)
+  bounds = schedule.group_bounds(
+    group_sizes, x.shape[0], group_offset, num_groups
+  )
+  static = dict(dtype=dtype, power_of_two_scales=power_of_two_scales)
+  if implementation == "xla" or x.size == 0 or num_groups == 0:
+    return _pad_storage(reference.quantize_for_k_grouped(x, *bounds, **static))
+  return _quantize_tokens(
+    x, *bounds, interpret=implementation == "interpret", **static
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=("dtype", "power_of_two_scales", "interpret")
+)
+def _quantize_tokens(x, starts, ends, *, interpret: bool, **static):
+  """quantize_for_k_grouped, by the kernel."""
+  values, scales, _ = vary_alike(
+    *tokens_kernel.quantize_tokens(
+      x if interpret else implementations.cuda_only(x),
+      *schedule.token_blocks(starts, ends, x.shape[0]),
+      interpret=interpret,
+      **static,
+    ),
+    x,
+  )
+  padding = -x.shape[1] % ROW_ALIGN, 0
+  return ScaledArray(values, scales.T, (1, SCALE_BLOCK), padding)
+
+
+def _pad_storage(x: ScaledArray) -> ScaledArray:
+  """Pads the values to what the kernels read, so that no call has to."""
+  if x.block_shape[-1:] != (SCALE_BLOCK,):
+    return x
+  aligns = [1] * (x.ndim - 2) + [_row_align(x), SCALE_BLOCK][-x.ndim :]
+  padding = tuple(
+    -size % align for size, align in zip(x.shape, aligns, strict=True)
+  )
+  values = jnp.pad(x.values, [(0, count) for count in padding])
+  return ScaledArray(values, x.scales, x.block_shape, padding)
+
+
+def _row_align(x: ScaledArray) -> int:
+  """Rows in whole scale blocks too, if they have any, for the sake of x.mT."""
+  return max((ROW_ALIGN, *x.block_shape[-2:-1]))
+
+
+jax.export.register_namedtuple_serialization(
+  QuantizedWeights, serialized_name="jax_grouped_gemm.QuantizedWeights"
+)
