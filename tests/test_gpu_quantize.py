@@ -27,7 +27,7 @@ powers = pytest.mark.parametrize("power_of_two", [False, True])
 
 
 def hostile(*shape):
-  """Rows of all magnitudes, ties, zeros, tiny numbers, NaN and Inf."""
+  """Rows of all magnitudes, ties, -0, tiny numbers, NaN and Inf."""
   x = oracle.random_floats(shape)
   rows = x.reshape(-1, shape[-1])
   ties = (8 + np.arange(shape[-1]) % 8 + 0.5) * np.exp2(
@@ -35,7 +35,7 @@ def hostile(*shape):
   )
   for i, amax in enumerate([1e-45, 9e-5, 1e-4, 1.0, 448.0, 57344.0, 3e38]):
     row = np.minimum(ties, 448) / 448 * amax
-    row[0] = amax
+    row[0], row[1::9] = amax, -0.0
     rows[(5 * i + 3) % len(rows)] = row
   rows[len(rows) // 2, ::7] = np.nan
   rows[len(rows) // 3, 1::5] = np.inf

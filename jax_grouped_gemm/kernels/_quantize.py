@@ -201,12 +201,13 @@ def _divide(x, scales, layout, interpret: bool):
     # Markstein: with an inverse to the nearest, a quotient that is less than a
     # unit off becomes one to the nearest. The first correction makes it so.
     # Inf becomes NaN, as Inf - Inf.
+    # The signs of the products are such that -0 stays -0.
     fma = lambda a, b, c: a._pointwise(mlir_math.fma, b, c)
-    minus_divisor = -divisor
+    minus_x, minus_inverse = -x, -inverse
     quotient = x * inverse
     for _ in range(2):
-      rest = fma(minus_divisor, quotient, x)
-      quotient = fma(rest, inverse, quotient)
+      excess = fma(divisor, quotient, minus_x)
+      quotient = fma(excess, minus_inverse, quotient)
     return quotient
 
   inverse = lax.broadcast_in_dim(reciprocal(scales), x.shape, (0,))
