@@ -96,7 +96,8 @@ def ragged_dot(
     recipe: which products are quantised, and how.
     implementation: as in m_grouped_gemm. Of the products that are not
       quantised, None means jax.lax.ragged_dot or, on a CPU, "xla"; the kernels
-      multiply two bfloat16 or two float16 operands.
+      multiply two bfloat16 or two float16 operands, of which the gradient of
+      the result is one in the backward pass.
   """
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
   if not isinstance(recipe, Recipe):
