@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 SCALE_BLOCK = 128  # elements of the contracted axis that share one scale.
 WGMMA_M = 64  # rows of one wgmma instruction.
+ROW_ALIGN = 8  # TMA addresses rows of swizzled SMEM tiles in groups of 8.
 TILE_SLOTS = 2  # tiles on their way from the loading to the other warpgroups.
 SCALE_ALIGN = 32  # scales in the 128 bytes that TMA aligns to in SMEM.
 SMEM_BYTES = 232_448  # shared memory that one CTA may use on Hopper.

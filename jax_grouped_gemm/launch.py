@@ -7,12 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jax_grouped_gemm import implementation as implementations
-from jax_grouped_gemm.config import SCALE_BLOCK, Config, SmallGroupsConfig
+from jax_grouped_gemm.config import (
+  ROW_ALIGN,
+  SCALE_BLOCK,
+  Config,
+  SmallGroupsConfig,
+)
 from jax_grouped_gemm.kernels import m_grouped, small_groups
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import ScaledArray
-
-ROW_ALIGN = 8  # TMA wants this many whole rows, each of whole scale blocks.
 
 
 def m_grouped_kernel(config: Config | SmallGroupsConfig):

@@ -13,13 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from jax_grouped_gemm import checks, schedule
 from jax_grouped_gemm import implementation as implementations
-from jax_grouped_gemm.config import SCALE_BLOCK
+from jax_grouped_gemm.config import ROW_ALIGN, SCALE_BLOCK
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.kernels import quantize as quantize_kernel
 from jax_grouped_gemm.kernels import quantize_tokens as tokens_kernel
 from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
 from jax_grouped_gemm.kernels import reference
-from jax_grouped_gemm.launch import ROW_ALIGN
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import ScaledArray
 

@@ -12,11 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_grouped_gemm.config import Config
+from jax_grouped_gemm.config import ROW_ALIGN, Config
 from jax_grouped_gemm.kernels._pipeline import Ref
 from jax_grouped_gemm.schedule import Masked
-
-ROW_ALIGN = 8  # TMA addresses rows of swizzled SMEM tiles in groups of 8.
 
 
 class Tile(NamedTuple):

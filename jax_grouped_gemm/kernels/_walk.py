@@ -9,10 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_grouped_gemm.config import TILE_SLOTS, WGMMA_M, Config
 from jax_grouped_gemm.kernels import _pipeline
-from jax_grouped_gemm.kernels._groups import ROW_ALIGN, MaskedWalk, Tile, Walk
+from jax_grouped_gemm.kernels._groups import MaskedWalk, Tile, Walk
 from jax_grouped_gemm.schedule import Masked
-
-__all__ = ["ROW_ALIGN", "Tile"]  # Who uses tiles wants both.
 
 END = -1  # instead of a tile's group: no tile follows.
 

@@ -25,12 +25,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from jax_grouped_gemm.config import WGMMA_M, Config
+from jax_grouped_gemm.config import ROW_ALIGN, WGMMA_M, Config
 from jax_grouped_gemm.kernels import _epilogue, _k_tiles, _pipeline
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 SLICE_T = 64  # rows in a slot.
-_ROW_ALIGN = 8  # TMA addresses rows of swizzled SMEM tiles in groups of 8.
 
 
 class _Refs(NamedTuple):
@@ -52,7 +51,7 @@ class _Refs(NamedTuple):
 
 def _first_row(refs: _Refs, group):
   """TMA starts at whole 8 rows: up to 7 rows of other groups come along."""
-  return lax.div(refs.starts_gmem[group], _ROW_ALIGN) * _ROW_ALIGN
+  return lax.div(refs.starts_gmem[group], ROW_ALIGN) * ROW_ALIGN
 
 
 def _k_iters(refs: _Refs, group):
@@ -71,7 +70,7 @@ def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
   shared = "cta" if config.cluster > 1 else None
 
   def load_slice(ki, slot):
-    row = pl.multiple_of(first_row + ki * SLICE_T, _ROW_ALIGN)
+    row = pl.multiple_of(first_row + ki * SLICE_T, ROW_ALIGN)
     rows, full = pl.ds(row, SLICE_T), refs.full.at[slot]
     copy = plgpu.copy_gmem_to_smem
     copy(refs.rhs_gmem.at[rows, cols], refs.rhs_smem.at[slot], full)
@@ -156,7 +155,7 @@ def _mask(refs: _Refs, group, ki, slot):
     wg = lax.axis_index("wg")
     pl.when(wg == 0)(lambda: keep_own(refs.rhs_smem.at[slot]))
 
-    @pl.when(wg > 0)
+    @pl.when(wg == 1)
     def mask_lhs():
       for i in range(refs.lhs_smem.shape[1]):
         keep_own(refs.lhs_smem.at[slot, i])

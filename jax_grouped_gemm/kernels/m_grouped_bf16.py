@@ -24,10 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from jax_grouped_gemm.config import WGMMA_M, Config
+from jax_grouped_gemm.config import ROW_ALIGN, WGMMA_M, Config
 from jax_grouped_gemm.kernels import _epilogue, _pipeline, _walk
 from jax_grouped_gemm.kernels._pipeline import Ref
-from jax_grouped_gemm.kernels._walk import ROW_ALIGN, Tile
+from jax_grouped_gemm.kernels._walk import Tile
 
 SLICE_K = 64  # elements of k in a slot, in the 128 bytes of a swizzled row.
 

@@ -21,14 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-from jax_grouped_gemm.config import SCALE_ALIGN, SCALE_BLOCK
+from jax_grouped_gemm.config import ROW_ALIGN, SCALE_ALIGN, SCALE_BLOCK
 from jax_grouped_gemm.kernels import _quantize
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 _WGS = 6  # warpgroups of a CTA.
 _SLOTS = 3  # tiles of each warpgroup on their way in, and on their way out.
 _TILE_BYTES = 8192  # of x.
-_ROW_ALIGN = 8  # rows of values and scales are rounded up to.
 
 
 class _Refs(NamedTuple):
@@ -108,11 +107,11 @@ def quantize_rows(
   """
   m, k = x.shape
   # Slices of an array are not larger than it.
-  missing = max(0, _ROW_ALIGN - m), max(0, SCALE_BLOCK - k)
+  missing = max(0, ROW_ALIGN - m), max(0, SCALE_BLOCK - k)
   x = jnp.pad(x, [(0, count) for count in missing])
-  m_stored, k_blocks = _round_up(m, _ROW_ALIGN), pl.cdiv(k, SCALE_BLOCK)
+  m_stored, k_blocks = _round_up(m, ROW_ALIGN), pl.cdiv(k, SCALE_BLOCK)
   tile_rows = _TILE_BYTES // (SCALE_BLOCK * x.dtype.itemsize)
-  tile_rows = min(tile_rows, x.shape[0] // _ROW_ALIGN * _ROW_ALIGN)
+  tile_rows = min(tile_rows, x.shape[0] // ROW_ALIGN * ROW_ALIGN)
   slots = _WGS, _SLOTS
   # Mosaic clips the stores of scales at the end of the array, not of a row.
   scales_width = _round_up(m_stored, tile_rows)

@@ -22,13 +22,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
-from jax_grouped_gemm.config import SCALE_BLOCK, WGMMA_M
+from jax_grouped_gemm.config import ROW_ALIGN, SCALE_BLOCK, WGMMA_M
 from jax_grouped_gemm.kernels import _quantize
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 _WGS = 3  # warpgroups of a CTA.
 _SLOTS = 3  # tiles of each warpgroup on their way in, and on their way out.
-_ROW_ALIGN = 8  # rows of values are rounded up to.
 
 
 class _Refs(NamedTuple):
@@ -120,7 +119,7 @@ def quantize_tokens(
   # Slices of an array are not larger than it.
   missing = max(0, SCALE_BLOCK - t), max(0, WGMMA_M - f)
   x = jnp.pad(x, [(0, count) for count in missing])
-  f_stored = max(WGMMA_M, pl.cdiv(f, _ROW_ALIGN) * _ROW_ALIGN)
+  f_stored = max(WGMMA_M, pl.cdiv(f, ROW_ALIGN) * ROW_ALIGN)
   blocks, tiles = first.shape[0], pl.cdiv(f, WGMMA_M)
   slots = _WGS, _SLOTS
   values, scales = _quantize.launch(
@@ -143,4 +142,4 @@ def quantize_tokens(
     num_tiles=blocks * tiles,
     interpret=interpret,
   )(x, first, sizes)
-  return values[: pl.cdiv(f, _ROW_ALIGN) * _ROW_ALIGN], scales[:, :f]
+  return values[: pl.cdiv(f, ROW_ALIGN) * ROW_ALIGN], scales[:, :f]

@@ -32,6 +32,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_grouped_gemm.config import (
+  ROW_ALIGN,
   SCALE_ALIGN,
   SCALE_BLOCK,
   WGMMA_M,
@@ -39,7 +40,7 @@ from jax_grouped_gemm.config import (
 )
 from jax_grouped_gemm.kernels import _epilogue, _pipeline, _walk
 from jax_grouped_gemm.kernels._pipeline import Ref
-from jax_grouped_gemm.kernels._walk import ROW_ALIGN, Tile
+from jax_grouped_gemm.kernels._walk import Tile
 from jax_grouped_gemm.schedule import Masked
 
 

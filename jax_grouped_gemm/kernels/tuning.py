@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_grouped_gemm.config import (
+  ROW_ALIGN,
   SCALE_BLOCK,
   SMEM_BYTES,
   Config,
   SmallGroupsConfig,
 )
 from jax_grouped_gemm.kernels._pipeline import num_sms
-from jax_grouped_gemm.kernels._walk import ROW_ALIGN
 
 TABLE = Path(__file__).with_name("tuning_table.json")
 TABLE_VARIABLE = "JAX_GROUPED_GEMM_TUNING_TABLE"

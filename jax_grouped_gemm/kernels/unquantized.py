@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jax_grouped_gemm import implementation as implementations
+from jax_grouped_gemm.config import ROW_ALIGN
 from jax_grouped_gemm.kernels import (
   k_grouped_bf16,
   m_grouped_bf16,
@@ -30,7 +31,7 @@ _KERNELS_BY_DEFAULT = False
 
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 _KERNEL_OUT_DTYPES = (*_KERNEL_DTYPES, jnp.float32)
-_ROW_ALIGN, _COL_ALIGN = 8, 64  # of what TMA loads into swizzled SMEM tiles.
+_COL_ALIGN = 64  # 16-bit elements of a row of a swizzled SMEM tile.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _stored(x: Array) -> Array:
   """Pads to what the kernels read; a copy only if something is missing."""
   *batch, rows, cols = x.shape
   missing = [(0, 0, 0)] * len(batch) + [
-    (0, -rows % _ROW_ALIGN, 0),
+    (0, -rows % ROW_ALIGN, 0),
     (0, -cols % _COL_ALIGN, 0),
   ]
   return lax.pad(x, jnp.zeros((), x.dtype), missing)
