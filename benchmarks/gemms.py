@@ -265,7 +265,7 @@ def _config(fn) -> dict:
   config = getattr(fn, "keywords", {}).get("config")
   if config is None:
     return {}
-  stages = f"{config.num_stages} slots, lag {config.lag}"
+  stages = f"{config.num_stages} slots"
   shares = f"{config.cluster} share {config.multicast}"
   return {
     "config": f"{config.tile_m}x{config.tile_n}, {stages}, "

@@ -20,21 +20,20 @@ from jax_grouped_gemm import Config, m_grouped_gemm
 from jax_grouped_gemm.kernels import tuning
 
 _OUT_DTYPE = jnp.bfloat16
-# tile_n, compute_wgs, lag
-_TILES = ((64, 2, 1), (128, 2, 1), (128, 3, 1), (192, 2, 1), (192, 2, 2))
+# tile_n, compute_wgs
+_TILES = ((64, 2), (128, 2), (128, 3), (192, 2))
 _CLUSTERS = ((1, "lhs"), (2, "lhs"), (2, "rhs"))
 
 
 def candidates(p: Problem) -> list[Config]:
   """Returns all configs worth trying."""
   found = []
-  for (tile_n, wgs, lag), (cluster, multicast), raster in itertools.product(
+  for (tile_n, wgs), (cluster, multicast), raster in itertools.product(
     _TILES, _CLUSTERS, (2, 4, 8, 16)
   ):
     config = Config(
       tile_n=tile_n,
       compute_wgs=wgs,
-      lag=lag,
       cluster=cluster,
       multicast=multicast,
       raster_width=raster,

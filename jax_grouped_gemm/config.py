@@ -26,8 +26,8 @@ class Config:
     compute_wgs: warpgroups of a CTA that multiply, 2 or 3, each 64 rows of out;
       one more loads. With 3, registers suffice for tile_n of 64 and 128 only.
     num_stages: slots of shared memory between loading and multiplying.
-    lag: k slices that a warpgroup trails the one before it by at the start of a
-      tile, less than num_stages; 0: they start together.
+    turns: whether the warpgroups of a CTA promote in turns, so that the
+      products of one run while another promotes.
     cluster: CTAs, 1 or 2, that share what they load.
     multicast: what they share: "lhs", on neighbouring columns, or "rhs", on
       neighbouring rows, as far as those are of one group.
@@ -39,7 +39,7 @@ class Config:
   tile_n: int = 192
   compute_wgs: int = 2
   num_stages: int = 4
-  lag: int = 1
+  turns: bool = True
   cluster: int = 2
   multicast: str = "lhs"
   raster_width: int = 8
@@ -52,12 +52,9 @@ class Config:
       compute_wgs=(2, 3),
       cluster=(1, 2),
       multicast=("lhs", "rhs"),
+      turns=(True, False),
     )
-    _check_least(self, num_stages=2, lag=0, raster_width=1)
-    if self.lag >= self.num_stages:
-      raise ValueError(
-        f"lag must be less than num_stages={self.num_stages}, got {self.lag}"
-      )
+    _check_least(self, num_stages=2, raster_width=1)
     if self.compute_wgs == 3 and self.tile_n > 128:
       raise ValueError(f"tile_n={self.tile_n} needs compute_wgs=2, got 3")
     if self.num_sms is not None and self.num_sms < self.cluster:
@@ -109,7 +106,6 @@ class SmallGroupsConfig:
   # What the walk over the groups and the launch want to know of any config.
   cluster: ClassVar[int] = 1
   multicast: ClassVar[str] = "lhs"
-  lag: ClassVar[int] = 0
   # Row tiles of one group come one after another: they share rhs in L2.
   raster_width: ClassVar[int] = 1
 

@@ -72,7 +72,7 @@ class _Slices(NamedTuple):
 
   refs: Any
   config: Config
-  first_slot: jax.Array
+  turns: Any
   load_scales: Callable
   promote: Callable
   interpret: bool
@@ -80,53 +80,52 @@ class _Slices(NamedTuple):
   def start(self, slot):
     return start_products(self.refs, self.config.tile_n, slot, self.interpret)
 
-  def compute(self, ki, carry, passes_turn=False):
+  def compute(self, ki, carry):
     """Starts the next slice as soon as this one has been promoted."""
     slot, acc, products = carry
     is_last_slot = slot == self.config.num_stages - 1
     next_slot = lax.select(is_last_slot, 0, slot + 1)
     # First, so that no load slips in between the products' instructions.
     plgpu.barrier_wait(self.refs.full.at[next_slot])
-    acc = self.compute_last(ki, (slot, acc, products), passes_turn)
-    return next_slot, acc, self.start(next_slot)
+    acc = self._promote(ki, (slot, acc, products))
+    products = self.start(next_slot)
+    self.turns.pass_on()
+    return next_slot, acc, products
 
-  def compute_last(self, ki, carry, passes_turn=False):
+  def compute_last(self, ki, carry):
+    acc = self._promote(ki, carry)
+    self.turns.pass_on()
+    return acc
+
+  def _promote(self, ki, carry):
     slot, acc, products = carry
-    scales = self.load_scales(slot, ki)
+    # Multiplied here, beneath the products.
+    scales = lax.optimization_barrier(self.load_scales(slot, ki))
+    self.turns.wait()
     plgpu.wgmma_wait(0)
     products = lax.optimization_barrier(products)  # No use before the wait.
-    if passes_turn is not False:
-      _, pass_turn = _turn(self.refs.turn, self.first_slot, self.config)
-      pl.when(passes_turn)(pass_turn)
     plgpu.barrier_arrive(self.refs.empty.at[slot])
     return lax.optimization_barrier(self.promote(acc, products, scales))
 
   def compute_all(self, k_iters: int, carry):
-    last, turn = k_iters - 1, min(self.config.lag, k_iters) - 1
+    last = k_iters - 1
     if last > 0:
-      carry = self.compute(jnp.int32(0), carry, turn == 0)
+      carry = self.compute(jnp.int32(0), carry)
 
     def compute_two(i, carry):
       for first in (1, 2):
-        is_turn = turn > 0 and turn % 2 == first % 2 and 2 * i + first == turn
-        carry = self.compute(2 * i + first, carry, is_turn)
+        carry = self.compute(2 * i + first, carry)
       return carry
 
     carry = lax.fori_loop(0, max(last - 1, 0) // 2, compute_two, carry)
     if last > 0 and last % 2 == 0:
-      carry = self.compute(jnp.int32(last - 1), carry, turn == last - 1)
-    return self.compute_last(last, carry, turn == last)
+      carry = self.compute(jnp.int32(last - 1), carry)
+    return self.compute_last(last, carry)
 
   def compute_traced(self, k_iters, carry):
     """For k_iters known at run time. In pairs, K-grouped spills registers."""
-
-    def compute_more(carry):
-      carry = self.compute(jnp.int32(0), carry, True)
-      carry = lax.fori_loop(1, k_iters - 1, self.compute, carry)
-      return self.compute_last(k_iters - 1, carry)
-
-    only = functools.partial(self.compute_last, 0, passes_turn=True)
-    return lax.cond(k_iters == 1, only, compute_more, carry)
+    carry = lax.fori_loop(0, k_iters - 1, self.compute, carry)
+    return self.compute_last(k_iters - 1, carry)
 
 
 def accumulate(
@@ -148,15 +147,11 @@ def accumulate(
   promotion stands between the end of a slice's products and the start of the
   next ones, and the address arithmetic of those hides beneath it.
 
-  The tensor cores are always busy if one warpgroup promotes, or stores its
-  tile, while the products of the other run. Those that start together share the
-  tensor cores, end together and stay so. So in each tile a warpgroup starts
-  when the one before it has finished config.lag slices.
+  See Turns for what else keeps the tensor cores busy.
   """
   first_slot = lax.rem(step, config.num_stages)
-  slices = _Slices(refs, config, first_slot, load_scales, promote, interpret)
-  await_turn, _ = _turn(refs.turn, first_slot, config)
-  await_turn()
+  turns = Turns(refs.turn, config)
+  slices = _Slices(refs, config, turns, load_scales, promote, interpret)
   plgpu.barrier_wait(refs.full.at[first_slot])
   carry = first_slot, init, slices.start(first_slot)
   if isinstance(k_iters, int):
@@ -166,29 +161,51 @@ def accumulate(
 
 def skip(refs, config: Config, k_iters, step):
   """Releases the slots of a tile in which the warpgroup has nothing to do."""
-  await_turn, pass_turn = _turn(
-    refs.turn, lax.rem(step, config.num_stages), config
-  )
-  await_turn()
-  pass_turn()
-  _pipeline.skip_slices(refs, config.num_stages, k_iters, step)
+  turns = Turns(refs.turn, config)
+
+  @pl.loop(0, k_iters)
+  def skip_slice(ki):
+    slot = lax.rem(step + ki, config.num_stages)
+    plgpu.barrier_wait(refs.full.at[slot])
+    turns.wait()
+    plgpu.barrier_arrive(refs.empty.at[slot])
+    turns.pass_on()
 
 
-def _turn(turn: Ref, slot, config: Config):
-  """Returns what waits for this warpgroup's turn, and what passes it on."""
-  if config.lag == 0:
-    return lambda: None, lambda: None
-  wg, turns = lax.axis_index("wg"), config.compute_wgs - 1
-  before = turn.at[slot * turns + jnp.maximum(wg - 1, 0)]
-  after = turn.at[slot * turns + jnp.minimum(wg, turns - 1)]
-  return (
-    lambda: pl.when(wg > 0)(lambda: plgpu.barrier_wait(before)),
-    lambda: pl.when(wg < turns)(lambda: plgpu.barrier_arrive(after)),
-  )
+class Turns(NamedTuple):
+  """The warpgroups of a CTA promote one after the other, slice by slice.
+
+  The tensor cores are busy as long as the products of one warpgroup run while
+  another promotes. Warpgroups whose products start together share the tensor
+  cores, end together and stay so; with turns, the one that promotes last is
+  late ever after.
+  """
+
+  barriers: Ref  # (compute_wgs,): one phase a turn
+  config: Config
+
+  def start(self):
+    """Gives the first warpgroup its first turn."""
+    if self.config.turns:
+      last = self.config.compute_wgs - 1
+      pl.when(lax.axis_index("wg") == last)(self.pass_on)
+
+  def wait(self):
+    if self.config.turns:
+      plgpu.barrier_wait(self.barriers.at[lax.axis_index("wg")])
+
+  def pass_on(self):
+    if self.config.turns:
+      wg = lax.axis_index("wg")
+      is_last = wg == self.config.compute_wgs - 1
+      plgpu.barrier_arrive(self.barriers.at[lax.select(is_last, 0, wg + 1)])
+
+  def end(self):
+    """Takes the turn that nobody needs any more."""
+    if self.config.turns:
+      pl.when(lax.axis_index("wg") == 0)(self.wait)
 
 
 def turn_barriers(config: Config):
-  """See accumulate. For each slot: its next use comes after the wait for it."""
-  return plgpu.Barrier(
-    num_barriers=config.num_stages * (config.compute_wgs - 1)
-  )
+  """The barriers of Turns."""
+  return plgpu.Barrier(num_barriers=config.compute_wgs)

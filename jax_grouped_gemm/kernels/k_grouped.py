@@ -53,7 +53,7 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, slices, 64, slice_n): accumulator, then out
   full: Ref  # (stages,) 4 arrivals: lhs, rhs, both scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
-  turn: Ref  # (stages,): see _main_loop.accumulate
+  turn: Ref  # (compute_wgs,): see _main_loop.Turns
   accumulator_full: Ref | None  # (wg,) one arrival per slice
 
 
@@ -127,6 +127,21 @@ def _compute_tile(
   return step + k_iters
 
 
+def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
+  turns = _main_loop.Turns(refs.turn, config)
+  turns.start()
+  compute_tile = functools.partial(
+    _compute_tile, refs, config, interpret=interpret
+  )
+  _k_tiles.for_each_tile(refs, config, compute_tile)
+  turns.end()
+
+
+def _load_tiles(refs: _Refs, config: Config):
+  load_tile = functools.partial(_load_tile, refs, config)
+  return _k_tiles.for_each_tile(refs, config, load_tile)
+
+
 # ---------------------------------------------------------------- launch
 
 
@@ -156,11 +171,6 @@ def k_grouped_gemm(
   slice_n = _epilogue.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
   missing_n = -n % slice_n
 
-  def for_each_tile(fn):
-    return lambda refs: _k_tiles.for_each_tile(
-      refs, config, functools.partial(fn, refs, config)
-    )
-
   operands = [lhs, lhs_scales.T, rhs, rhs_scales.T, starts, ends]
   with_accumulator = accumulator is not None
   if with_accumulator:
@@ -187,8 +197,8 @@ def k_grouped_gemm(
       num_arrivals=tile_n // slice_n, num_barriers=config.compute_wgs
     )
   out = _pipeline.launch(
-    for_each_tile(_load_tile),
-    for_each_tile(functools.partial(_compute_tile, interpret=interpret)),
+    functools.partial(_load_tiles, config=config),
+    functools.partial(_compute_tiles, config=config, interpret=interpret),
     name="k_grouped_gemm_sm90",
     config=config,
     interpret=interpret,

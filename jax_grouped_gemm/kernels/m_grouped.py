@@ -60,7 +60,7 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, slices, 64, slice_n): _epilogue.out_smem
   full: Ref  # (stages,) 3 arrivals: lhs, rhs, lhs_scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
-  turn: Ref  # (stages,): see _main_loop.accumulate
+  turn: Ref  # (compute_wgs,): see _main_loop.Turns
   rhs_scales_smem: Ref  # (TILE_SLOTS, blocks, k/128) f32: see _rhs_scales
   rhs_scales_full: Ref  # (TILE_SLOTS,)
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
@@ -135,7 +135,10 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
     return step
 
   zero = jnp.int32(0)
+  turns = _main_loop.Turns(refs.turn, config)
+  turns.start()
   i = _walk.for_each_tile(refs, compute_tile, zero, zero)
+  turns.end()
   zeros = _pipeline.wgmma_zeros((WGMMA_M, SLICE_N))
   _epilogue.stage(refs, [zeros] * (config.tile_n // SLICE_N))
   _walk.for_each_tile(refs, store_zeros, i, zero)

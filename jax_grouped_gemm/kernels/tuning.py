@@ -158,7 +158,7 @@ def most_stages(
   """Returns the config with as many stages as fit and are of use."""
   configs = [
     dataclasses.replace(config, num_stages=stages)
-    for stages in range(max(2, config.lag + 1), most + 1)
+    for stages in range(2, most + 1)
   ]
   return [c for c in configs if c.smem_bytes(out_dtype, k) <= SMEM_BYTES][-1]
 
