@@ -90,7 +90,7 @@ def test_masked_rows(n, k, dtype, config):
     m_grouped_gemm_masked,
     preferred_element_type=dtype,
     zero_padding=True,
-    config=config,
+    config=that_fits(config, dtype),
   )
   for sizes in (
     SIZES,

@@ -1,17 +1,11 @@
 """The main loop over the k slices of a tile: multiply, promote with scales."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from jax import lax
-from jax import numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from jax_grouped_gemm.config import WGMMA_M, Config
 from jax_grouped_gemm.kernels import _pipeline
@@ -26,29 +20,7 @@ def load_row_scales(scales_smem: Ref, slot):
   )
 
 
-def _fresh_zeros(shape):
-  """Zeros that the assembler sees are zeros, wherever the compiler puts them.
-
-  The first product of a slice then ignores its accumulator for free. The zeros
-  of plgpu.ACC are one constant in all slices of an unrolled loop, and all but
-  one of its copies cost a move per register.
-  """
-
-  @plgpu.inline_mgpu(
-    return_type=plgpu.ShapeDtypeStruct(
-      shape, jnp.float32, layout=plgpu.Layout.WGMMA
-    )
-  )
-  def zeros(_):
-    zero = llvm.inline_asm(
-      ir.F32Type.get(), [], "mov.b32 $0, 0;", "=f", has_side_effects=True
-    )
-    return mgpu.FragmentedArray.splat(zero, shape, layout=mgpu.WGMMA_LAYOUT)
-
-  return zeros()
-
-
-def start_products(refs, tile_n: int, slot, interpret: bool):
+def start_products(refs, tile_n: int, slot):
   """Starts the products of the slot, the warpgroup's (64, tile_n), unscaled.
 
   What it returns is right only after the next wgmma_wait.
@@ -56,8 +28,6 @@ def start_products(refs, tile_n: int, slot, interpret: bool):
   rows = _pipeline.warpgroup_rows()
 
   def wgmma(acc):
-    if not interpret:  # It cannot run inline assembly.
-      acc[...] = _fresh_zeros(acc.shape)
     plgpu.wgmma(acc, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T)
     return plgpu.wgmma_accumulator_load(acc, wait_n=None)
 
@@ -75,10 +45,9 @@ class _Slices(NamedTuple):
   turns: Any
   load_scales: Callable
   promote: Callable
-  interpret: bool
 
   def start(self, slot):
-    return start_products(self.refs, self.config.tile_n, slot, self.interpret)
+    return start_products(self.refs, self.config.tile_n, slot)
 
   def compute(self, ki, carry):
     """Starts the next slice as soon as this one has been promoted."""
@@ -107,23 +76,12 @@ class _Slices(NamedTuple):
     plgpu.barrier_arrive(self.refs.empty.at[slot])
     return lax.optimization_barrier(self.promote(acc, products, scales))
 
-  def compute_all(self, k_iters: int, carry):
-    last = k_iters - 1
-    if last > 0:
-      carry = self.compute(jnp.int32(0), carry)
+  def compute_all(self, k_iters, carry):
+    """Not unrolled: in one body, the sums stay in their registers.
 
-    def compute_two(i, carry):
-      for first in (1, 2):
-        carry = self.compute(2 * i + first, carry)
-      return carry
-
-    carry = lax.fori_loop(0, max(last - 1, 0) // 2, compute_two, carry)
-    if last > 0 and last % 2 == 0:
-      carry = self.compute(jnp.int32(last - 1), carry)
-    return self.compute_last(last, carry)
-
-  def compute_traced(self, k_iters, carry):
-    """For k_iters known at run time. In pairs, K-grouped spills registers."""
+    Then ptxas multiplies by one scale after the other and keeps it in the
+    operand cache, which leaves register bandwidth to the tensor cores.
+    """
     carry = lax.fori_loop(0, k_iters - 1, self.compute, carry)
     return self.compute_last(k_iters - 1, carry)
 
@@ -137,7 +95,6 @@ def accumulate(
   load_scales,
   promote,
   init,
-  interpret: bool,
 ):
   """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
 
@@ -151,12 +108,10 @@ def accumulate(
   """
   first_slot = lax.rem(step, config.num_stages)
   turns = Turns(refs.turn, config)
-  slices = _Slices(refs, config, turns, load_scales, promote, interpret)
+  slices = _Slices(refs, config, turns, load_scales, promote)
   plgpu.barrier_wait(refs.full.at[first_slot])
   carry = first_slot, init, slices.start(first_slot)
-  if isinstance(k_iters, int):
-    return slices.compute_all(k_iters, carry)
-  return slices.compute_traced(k_iters, carry)
+  return slices.compute_all(k_iters, carry)
 
 
 def skip(refs, config: Config, k_iters, step):

@@ -87,7 +87,7 @@ def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
   )
 
 
-def _accumulate_tile(refs: _Refs, config: Config, group, step, interpret):
+def _accumulate_tile(refs: _Refs, config: Config, group, step):
   """Returns the warpgroup's (64, tile_n) sum over the group's blocks."""
   shape = (WGMMA_M, config.tile_n)
 
@@ -111,28 +111,21 @@ def _accumulate_tile(refs: _Refs, config: Config, group, step, interpret):
     load_scales=load_scales,
     promote=promote,
     init=_pipeline.wgmma_zeros(shape),
-    interpret=interpret,
   )
 
 
-def _compute_tile(
-  refs: _Refs, config: Config, group, mi, ni, step, *, interpret: bool
-):
+def _compute_tile(refs: _Refs, config: Config, group, mi, ni, step):
   """Computes one tile and stores it."""
   k_iters = _k_iters(refs, group)
-  accumulate = functools.partial(
-    _accumulate_tile, refs, config, group, step, interpret
-  )
+  accumulate = functools.partial(_accumulate_tile, refs, config, group, step)
   _k_tiles.store_tile(refs, config, group, mi, ni, k_iters, accumulate)
   return step + k_iters
 
 
-def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
+def _compute_tiles(refs: _Refs, config: Config):
   turns = _main_loop.Turns(refs.turn, config)
   turns.start()
-  compute_tile = functools.partial(
-    _compute_tile, refs, config, interpret=interpret
-  )
+  compute_tile = functools.partial(_compute_tile, refs, config)
   _k_tiles.for_each_tile(refs, config, compute_tile)
   turns.end()
 
@@ -198,7 +191,7 @@ def k_grouped_gemm(
     )
   out = _pipeline.launch(
     functools.partial(_load_tiles, config=config),
-    functools.partial(_compute_tiles, config=config, interpret=interpret),
+    functools.partial(_compute_tiles, config=config),
     name="k_grouped_gemm_sm90",
     config=config,
     interpret=interpret,

@@ -110,7 +110,7 @@ def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
 # ---------------------------------------------------------------- compute
 
 
-def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
+def _compute_tiles(refs: _Refs, config: Config):
   """Computes the announced tiles, then stores the announced tiles of zeros."""
 
   def compute_tile(i, tile: Tile, step):
@@ -118,7 +118,7 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
 
     @pl.when(has_rows)
     def compute():
-      sums = _accumulate_tile(refs, config, i, step, interpret)
+      sums = _accumulate_tile(refs, config, i, step)
       _epilogue.stage(refs, sums)
       _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
 
@@ -144,7 +144,7 @@ def _compute_tiles(refs: _Refs, config: Config, interpret: bool):
   _walk.for_each_tile(refs, store_zeros, i, zero)
 
 
-def _accumulate_tile(refs: _Refs, config: Config, i, step, interpret):
+def _accumulate_tile(refs: _Refs, config: Config, i, step):
   """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns."""
   shape = (WGMMA_M, SLICE_N)
   columns = [slice(c, c + SLICE_N) for c in range(0, config.tile_n, SLICE_N)]
@@ -171,7 +171,6 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step, interpret):
     load_scales=load_scales,
     promote=promote,
     init=[_pipeline.wgmma_zeros(shape) for _ in columns],
-    interpret=interpret,
   )
 
 
@@ -212,7 +211,7 @@ def m_grouped_gemm(
 
   out = _pipeline.launch(
     functools.partial(_load_tiles, config=config, masked=masked),
-    functools.partial(_compute_tiles, config=config, interpret=interpret),
+    functools.partial(_compute_tiles, config=config),
     name="m_grouped_gemm_sm90",
     config=config,
     interpret=interpret,

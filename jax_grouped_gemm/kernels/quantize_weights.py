@@ -153,8 +153,10 @@ def quantize_weights(
   k_stored, n_stored = k_blocks * SCALE_BLOCK, n_blocks * SCALE_BLOCK
   # TMA wants whole swizzled tiles, and slices of an array are not larger than
   # it: a copy of the weights, unless their sizes are multiples of 8 and 64.
+  # Beyond an array that is one slice wide, TMA would read that slice again.
   k_missing = k_stored - k if k < SCALE_BLOCK else -k % 8
-  w = jnp.pad(w, ((0, 0), (0, k_missing), (0, -n % slice_n)))
+  n_missing = n_stored - n if n < SCALE_BLOCK else -n % slice_n
+  w = jnp.pad(w, ((0, 0), (0, k_missing), (0, n_missing)))
   return _quantize.launch(
     functools.partial(
       _kernel, power_of_two_scales=power_of_two_scales, interpret=interpret
