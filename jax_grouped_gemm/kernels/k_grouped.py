@@ -97,11 +97,13 @@ def _accumulate_tile(refs: _Refs, config: Config, group, step):
     rhs_scales = plgpu.load(
       refs.rhs_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
     )
-    rows = lax.broadcast_in_dim(lhs_scales, shape, (0,))
-    return rows * lax.broadcast_in_dim(rhs_scales, shape, (1,))
+    return lhs_scales, rhs_scales
 
   def promote(acc, products, scales):
-    return acc + products * scales
+    rows, cols = scales
+    # The next products start after this multiplication, not after both.
+    products = products * lax.broadcast_in_dim(cols, shape, (1,))
+    return acc + products * lax.broadcast_in_dim(rows, shape, (0,))
 
   return _main_loop.accumulate(
     refs,
