@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
   command.add_argument("--only", default="", help="part of the shapes' names")
   command.add_argument("--iterations", type=int, default=20)
   command.add_argument("--json", type=Path, help="default: in results/")
+  command.add_argument("--jobs", type=int, default=1, help="that compile")
   command.add_argument("--commit", help="what runs, where git cannot tell")
   command = commands.add_parser("tune", help="find the fastest configs")
   command.add_argument("--shapes", nargs="+", default=["deepgemm"])

@@ -1,17 +1,16 @@
 """The grouped GEMMs to time in JAX: operands, implementations, their check."""
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import masked
-from benchmarks.operands import random_rows, random_weights
+from benchmarks import masked, oracle
 from benchmarks.shapes import Problem
-from benchmarks.timing import measure_us
+from benchmarks.timing import Program, measure_us
 from jax_grouped_gemm import (
   Recipe,
   k_grouped_gemm,
@@ -31,6 +30,9 @@ _MAX_DENSE_GROUPS = 8  # jax.lax.ragged_dot multiplies all rows by all groups.
 _MGPU_CONFIGS = ((128, 128, 64, 4), (128, 256, 64, 4), (64, 256, 64, 4))
 
 
+_NO_LOCK = contextlib.nullcontext()
+
+
 class Unsupported(Exception):
   """The implementation cannot run the problem."""
 
@@ -40,25 +42,14 @@ def _max_row_error_of(impl: str) -> float:
   return _MAX_ROW_ERROR_OURS if is_fp8 else _MAX_ROW_ERROR_BF16
 
 
-@jax.jit
-def _max_row_error(out, expected):
-  """Inf where a row that should be zero is not."""
-  out, expected = out.astype(jnp.float32), expected.astype(jnp.float32)
-  error = jnp.linalg.norm(out - expected, axis=-1)
-  norm = jnp.linalg.norm(expected, axis=-1)
-  return jnp.max(jnp.where(error == 0, 0, error / norm))
-
-
 class MGrouped:
   """out[r] = lhs[r] @ rhs[group of r].T."""
 
-  def __init__(self, p: Problem):
-    self.sizes = jnp.asarray(p.sizes, jnp.int32)
-    self.lhs, self.rhs = random_rows(sum(p.sizes), p.k), random_weights(p)
+  def __init__(self, p: Problem, operands):
+    self.p, (self.lhs, self.rhs, self.sizes) = p, operands
 
-  def compared(self, out):
-    """All rows are somebody's."""
-    return out
+  operands = staticmethod(masked.Decode.operands)
+  max_row_error = masked.Decode.max_row_error
 
   def calls(self):
     """Returns {implementation: function that returns (function, operands)}."""
@@ -95,16 +86,6 @@ class MGrouped:
   def _tokamax(self):
     tokamax = importlib.import_module("tokamax")
     return tokamax.ragged_dot, (*self._bf16(), self.sizes)
-
-  def expected(self):
-    """Returns the result to compare with, in float32 arithmetic."""
-    return m_grouped_gemm(
-      self.lhs,
-      self.rhs,
-      self.sizes,
-      preferred_element_type=jnp.float32,
-      implementation="xla",
-    )
 
 
 def _ragged_dot_bf16(lhs, rhs, sizes):
@@ -158,21 +139,29 @@ def _call_mgpu(kernel, lhs, rhs, sizes, **config):
 class KGrouped:
   """out[g] = lhs[:, tokens of g] @ rhs[:, tokens of g].T."""
 
-  def __init__(self, p: Problem):
-    t = sum(p.sizes)
-    self.sizes = jnp.asarray(p.sizes, jnp.int32)
-    self.lhs, self.rhs = (
+  def __init__(self, p: Problem, operands):
+    self.p, (self.lhs, self.rhs, self.sizes) = p, operands
+
+  @staticmethod
+  def operands(p: Problem):
+    """Returns lhs, rhs and sizes."""
+    t, sizes = sum(p.sizes), jnp.asarray(p.sizes, jnp.int32)
+    lhs, rhs = (
       quantize_for_k_grouped(
-        jax.random.normal(key, (t, features), jnp.bfloat16), self.sizes
+        jax.random.normal(key, (t, features), jnp.bfloat16), sizes
       )
       for key, features in zip(
         jax.random.split(jax.random.key(0)), (p.n, p.k), strict=True
       )
     )
+    return lhs, rhs, sizes
 
-  def compared(self, out):
-    """All rows are somebody's."""
-    return out
+  def max_row_error(self, out):
+    """Compared with the result in float32 arithmetic."""
+    expected = k_grouped_gemm(
+      self.lhs, self.rhs, self.sizes, implementation="xla"
+    )
+    return oracle.row_error(out, expected)
 
   def calls(self):
     """Returns {implementation: function that returns (function, operands)}."""
@@ -205,10 +194,6 @@ class KGrouped:
     operands = self._bf16()
     return _fastest_mgpu("transposed_ragged_dot", operands), operands
 
-  def expected(self):
-    """Returns the result to compare with, in float32 arithmetic."""
-    return k_grouped_gemm(self.lhs, self.rhs, self.sizes, implementation="xla")
-
 
 GEMMS = {
   "m_grouped": MGrouped,
@@ -216,6 +201,8 @@ GEMMS = {
   "masked": masked.Masked,
   "decode": masked.Decode,
 }
+# Their operands may be shapes, to compile for.
+_OURS = ("ours", "ours_m_grouped", "ours_small_groups")
 IMPLS = {
   "m_grouped": (
     "ours",
@@ -231,33 +218,57 @@ IMPLS = {
 
 
 def rows(
-  benchmark: str, problem: Problem, impls, iterations: int
-) -> Iterator[dict]:
-  """Checks and times each implementation, or says why it cannot run."""
-  gemm = GEMMS[benchmark](problem)
-  expected, calls = gemm.expected(), gemm.calls()
+  benchmark: str, problem: Problem, impls, iterations: int, lock=_NO_LOCK
+) -> list[dict]:
+  """Checks and times each implementation, or says why it cannot run.
+
+  `lock` is held while the device is used, but not to compile what is ours.
+  """
+  kind = GEMMS[benchmark]
+  make = functools.partial(kind.operands, problem)
+  operands = jax.eval_shape(make)
+  make = jax.jit(make).lower().compile()
+  check = jax.jit(
+    lambda operands, out: kind(problem, operands).max_row_error(out)
+  )
+  calls, programs = kind(problem, operands).calls(), {}
   for impl in impls:
-    if impl == "read":
-      yield masked.read_row(iterations)
-      continue
-    try:
-      fn, operands = calls[impl]()
-      out = jax.jit(fn)(*operands)
-      error = float(_max_row_error(gemm.compared(out), expected))
-      num_bytes = sum(x.nbytes for x in jax.tree.leaves((operands, out)))
-      del out
-      us = measure_us(fn, *operands, iterations=iterations)
-    except (ImportError, Unsupported) as reason:
-      yield {"impl": impl, "unavailable": str(reason)}
-      continue
-    yield {
-      "impl": impl,
-      **_config(fn),
-      "us": round(us, 2),
-      "gbps": round(num_bytes / us / 1e3, 1),
-      "max_row_error": error,
-      "verified": error <= _max_row_error_of(impl),
-    }
+    if impl in _OURS:
+      programs[impl] = Program(*_unpack(calls[impl]()))
+      check.lower(operands, programs[impl].out_info).compile()  # Kept by jit.
+  with lock:
+    gemm = kind(problem, make())
+    return [
+      _row(gemm, impl, programs.get(impl), check, iterations) for impl in impls
+    ]
+
+
+def _unpack(call):
+  fn, operands = call
+  return fn, *operands
+
+
+def _row(gemm, impl: str, program, check, iterations: int) -> dict:
+  if impl == "read":
+    return masked.read_row(iterations)
+  try:
+    fn, operands = gemm.calls()[impl]()
+    program = program or Program(fn, *operands)
+    out = program(*operands)
+    error = float(check((gemm.lhs, gemm.rhs, gemm.sizes), out))
+    num_bytes = sum(x.nbytes for x in jax.tree.leaves((operands, out)))
+    del out
+    us = program.measure_us(*operands, iterations=iterations)
+  except (ImportError, Unsupported) as reason:
+    return {"impl": impl, "unavailable": str(reason)}
+  return {
+    "impl": impl,
+    **_config(fn),
+    "us": round(us, 2),
+    "gbps": round(num_bytes / us / 1e3, 1),
+    "max_row_error": error,
+    "verified": error <= _max_row_error_of(impl),
+  }
 
 
 def _config(fn) -> dict:

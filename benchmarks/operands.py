@@ -10,7 +10,6 @@ from benchmarks.shapes import Problem
 from jax_grouped_gemm import ScaledArray, quantize
 
 
-@jax.jit(static_argnums=(1, 2))
 def _normal(key, shape, block_shape) -> ScaledArray:
   return quantize(jax.random.normal(key, shape, jnp.bfloat16), block_shape)
 
@@ -26,4 +25,4 @@ def random_weights(p: Problem) -> ScaledArray:
   keys = jax.random.split(jax.random.key(1), len(p.sizes))
   # One group at a time: all of them in bf16 may not fit.
   quantize_next = lambda key: _normal(key, (p.n, p.k), (128, 128))
-  return jax.jit(lambda keys: jax.lax.map(quantize_next, keys))(keys)
+  return jax.lax.map(quantize_next, keys)

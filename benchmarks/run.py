@@ -1,12 +1,18 @@
 """Runs the implementations of a benchmark side by side."""
 
+import contextlib
+import functools
 import importlib.util
 import json
+import multiprocessing
+import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -115,15 +121,48 @@ class TorchPeers:
     return rows + [{"impl": i, "unavailable": "crashed"} for i in failed]
 
 
-def _measure(benchmark, problem, impls, iterations, torch):
-  """Yields a row for each implementation of the problem."""
+def _measure(args, todo: list[Problem], impls, torch) -> Iterator[list[dict]]:
+  """Yields the rows of each problem.
+
+  With args.jobs > 1, that many processes compile; the device is used by one at
+  a time.
+  """
   from benchmarks import gemms
 
-  ours = [impl for impl in impls if impl in gemms.IMPLS[benchmark]]
+  ours = [impl for impl in impls if impl in gemms.IMPLS[args.benchmark]]
   peers = [impl for impl in impls if impl in torch_peers.IMPLS]
-  yield from gemms.rows(benchmark, problem, ours, iterations)
-  if peers:
-    yield from torch.rows(benchmark, problem, peers, iterations)
+
+  def all_rows(of_jax, lock):
+    for problem, rows in zip(todo, of_jax, strict=True):
+      if peers:
+        with lock:
+          rows = rows + torch.rows(
+            args.benchmark, problem, peers, args.iterations
+          )
+      yield rows
+
+  call = functools.partial(
+    gemms.rows, args.benchmark, impls=ours, iterations=args.iterations
+  )
+  if args.jobs == 1:
+    yield from all_rows(map(call, todo), contextlib.nullcontext())
+    return
+  with side_by_side(args.jobs) as (pool, lock):
+    call = functools.partial(call, lock=lock)
+    yield from all_rows(pool.map(call, todo), lock)
+
+
+@contextlib.contextmanager
+def side_by_side(jobs: int):
+  """Returns a pool of processes, and a lock for them to share the device."""
+  # What a process no longer needs, the others get.
+  os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+  context = multiprocessing.get_context("spawn")  # jax must not be forked.
+  with (
+    context.Manager() as manager,
+    ProcessPoolExecutor(jobs, mp_context=context) as pool,
+  ):
+    yield pool, manager.Lock()
 
 
 def _line(row, reference, peak) -> str:
@@ -163,9 +202,11 @@ def run(args) -> int:
     f"groups {', '.join(args.groups)}; rows of padding do not count"
   )
   torch, rows = TorchPeers(), []
-  for problem in tqdm(todo, desc=args.benchmark, disable=None):
+  measured = _measure(args, todo, impls, torch)
+  bar = tqdm(todo, desc=args.benchmark, disable=None)
+  for problem, rows_of_problem in zip(bar, measured, strict=True):
     our_us = read_gbps = None
-    for row in _measure(args.benchmark, problem, impls, args.iterations, torch):
+    for row in rows_of_problem:
       row = {
         "set": problem.set,
         "shape": problem.shape,

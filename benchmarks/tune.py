@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -13,63 +11,73 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from benchmarks.gemms import MGrouped
-from benchmarks.run import commit, versions
+from benchmarks.run import commit, side_by_side, versions
 from benchmarks.shapes import Problem
-from benchmarks.timing import measure_us
+from benchmarks.timing import Program
 from jax_grouped_gemm import Config, m_grouped_gemm
 from jax_grouped_gemm.kernels import tuning
 
 _OUT_DTYPE = jnp.bfloat16
-# tile_n, compute_wgs
-_TILES = ((64, 2), (128, 2), (128, 3), (192, 2))
-_CLUSTERS = ((1, "lhs"), (2, "lhs"), (2, "rhs"))
+# compute_wgs, tile_n, cluster, multicast, raster_width. What was measured (see
+# NOTES.md) leaves no others that could win.
+_CANDIDATES = (
+  *itertools.product((3,), (128,), (2,), ("lhs",), (4, 8, 16)),
+  *itertools.product((2,), (192,), (2,), ("lhs", "rhs"), (4, 8)),
+  (3, 128, 2, "rhs", 8),
+  (3, 128, 1, "lhs", 8),
+  (2, 128, 2, "lhs", 8),
+  (2, 64, 2, "lhs", 8),
+)
 
 
 def candidates(p: Problem) -> list[Config]:
   """Returns all configs worth trying."""
-  found = []
-  for (tile_n, wgs), (cluster, multicast), raster in itertools.product(
-    _TILES, _CLUSTERS, (2, 4, 8, 16)
-  ):
-    config = Config(
+  configs = [
+    Config(
       tile_n=tile_n,
       compute_wgs=wgs,
       cluster=cluster,
       multicast=multicast,
       raster_width=raster,
     )
-    columns = tile_n * (cluster if multicast == "lhs" else 1)
-    # Strips wider than what there is are all the same.
-    if columns < 2 * p.n and (raster == 2 or raster * columns < 2 * p.n):
-      found.append(tuning.most_stages(config, _OUT_DTYPE, p.k))
-  return found
+    for wgs, tile_n, cluster, multicast, raster in _CANDIDATES
+  ]
+  return [
+    tuning.most_stages(config, _OUT_DTYPE, p.k)
+    for config in configs
+    if config.tile_n < 2 * p.n
+  ]
 
 
 def sweep(p: Problem, iterations: int, lock) -> dict[Config, float]:
-  """Returns the time of each config in microseconds."""
-  gemm = MGrouped(p)
-  operands = gemm.lhs, gemm.rhs, gemm.sizes
-  return {
-    config: measure_us(
-      lambda *x, c=config: m_grouped_gemm(
-        *x, preferred_element_type=_OUT_DTYPE, config=c
+  """Returns the time of each config in microseconds.
+
+  `lock` is held while the device is used, not to compile.
+  """
+  make = functools.partial(MGrouped.operands, p)
+  shapes = jax.eval_shape(make)
+  make = jax.jit(make).lower().compile()
+  programs = {
+    config: Program(
+      functools.partial(
+        m_grouped_gemm, preferred_element_type=_OUT_DTYPE, config=config
       ),
-      *operands,
-      iterations=iterations,
-      lock=lock,
+      *shapes,
     )
     for config in candidates(p)
   }
+  with lock:
+    operands = make()
+    return {
+      config: program.measure_us(*operands, iterations=iterations)
+      for config, program in programs.items()
+    }
 
 
 def _sweeps(problems: list[Problem], iterations: int, jobs: int):
   """Yields each problem's sweep. Jobs compile side by side and run in turns."""
-  context = multiprocessing.get_context("spawn")  # jax must not be forked.
-  with (
-    context.Manager() as manager,
-    ProcessPoolExecutor(jobs, mp_context=context) as pool,
-  ):
-    call = functools.partial(sweep, iterations=iterations, lock=manager.Lock())
+  with side_by_side(jobs) as (pool, lock):
+    call = functools.partial(sweep, iterations=iterations, lock=lock)
     yield from zip(problems, pool.map(call, problems), strict=True)
 
 

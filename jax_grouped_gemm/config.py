@@ -39,7 +39,7 @@ class Config:
   tile_n: int = 192
   compute_wgs: int = 2
   num_stages: int = 4
-  turns: bool = True
+  turns: bool = False
   cluster: int = 2
   multicast: str = "lhs"
   raster_width: int = 8
