@@ -276,7 +276,8 @@ def _config(fn) -> dict:
   config = getattr(fn, "keywords", {}).get("config")
   if config is None:
     return {}
-  stages = f"{config.num_stages} slots"
+  turns = getattr(config, "turns", False)
+  stages = f"{config.num_stages} slots{', turns' if turns else ''}"
   shares = f"{config.cluster} share {config.multicast}"
   return {
     "config": f"{config.tile_m}x{config.tile_n}, {stages}, "
