@@ -65,7 +65,6 @@ def main(argv: list[str] | None = None) -> int:
   command.add_argument("--iterations", type=int, default=20)
   command.add_argument("--json", type=Path, help="default: in results/")
   command.add_argument("--jobs", type=int, default=1, help="that compile")
-  command.add_argument("--commit", help="what runs, where git cannot tell")
   command = commands.add_parser("tune", help="find the fastest configs")
   command.add_argument("--shapes", nargs="+", default=["deepgemm"])
   command.add_argument(
@@ -79,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
   command = commands.add_parser("plot", help="draw a JSON of run as PNG")
   command.add_argument("json", type=Path)
   command.add_argument("--png", type=Path, help="default: beside the JSON")
+  for command in (commands.choices["run"], commands.choices["tune"]):
+    command.add_argument("--commit", help="what runs, where git cannot tell")
   args = parser.parse_args(argv)
   if args.do == "plot":
     is_layer = args.json.name.startswith("moe_layer")
@@ -99,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     problems = shapes.problems("m_grouped", args.shapes, args.groups)
     problems = [problem for problem in problems if args.only in problem.shape]
     table = args.table or tuning.TABLE
-    return tune(problems, table, args.iterations, args.sweeps, args.jobs)
+    args.argv = argv
+    return tune(problems, table, args)
   args.peers = _peers(args.benchmark, args.peers)
   args.argv = argv
   if args.benchmark == "quantize":

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shlex
 from pathlib import Path
 
 import jax
@@ -84,16 +85,10 @@ def _sweeps(problems: list[Problem], iterations: int, jobs: int):
     yield from zip(problems, pool.map(call, problems), strict=True)
 
 
-def tune(
-  problems: list[Problem],
-  path: Path,
-  iterations: int,
-  sweeps: Path | None,
-  jobs: int,
-) -> int:
+def tune(problems: list[Problem], path: Path, args) -> int:
   """Adds the problems to the table at `path`, and prints what was found.
 
-  All times go to the file `sweeps`: what the heuristic can be fitted to.
+  All times go to the file args.sweeps: what the heuristic can be fitted to.
   """
   device = jax.devices()[0].device_kind
   entries, measured = {}, []
@@ -102,7 +97,7 @@ def tune(
       dataclasses.replace(entry, config=None, us=0): entry
       for entry in tuning.read_table(path)
     }
-  results = _sweeps(problems, iterations, jobs)
+  results = _sweeps(problems, args.iterations, args.jobs)
   for p, times in tqdm(results, total=len(problems), disable=None):
     m, g = sum(p.sizes), len(p.sizes)
     best = min(times, key=times.get)
@@ -126,9 +121,9 @@ def tune(
       f"{100 * loss:+.1f} %  {best}"
     )
     table = {
-      "commit": commit(),
+      "commit": args.commit or commit(),
       "versions": versions(),
-      "command": "python -m benchmarks tune",
+      "command": "python -m benchmarks " + shlex.join(args.argv),
       "entries": [dataclasses.asdict(entry) for entry in entries.values()],
     }
     measured += [
@@ -137,7 +132,7 @@ def tune(
     ]
     # After each problem: a run that is cut off leaves what it measured.
     path.write_text(json.dumps(table, indent=1) + "\n")
-    if sweeps:
-      sweeps.write_text(json.dumps(measured) + "\n")
+    if args.sweeps:
+      args.sweeps.write_text(json.dumps(measured) + "\n")
   print(f"{len(entries)} entries: {path}")
   return 0
