@@ -274,7 +274,7 @@ CASES = [
     k_grouped,
     {"config": Config(tile_n=128, compute_wgs=3)},
     NotImplementedError,
-    "needs compute_wgs of at most 2, got 3",
+    "needs compute_wgs=2, got 3",
   ),
   (
     m_grouped,

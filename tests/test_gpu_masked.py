@@ -139,7 +139,7 @@ def test_small_groups(tile_m, tile_n, dtype):
   config = SmallGroupsConfig(tile_m=tile_m, tile_n=tile_n, num_stages=6)
   sizes = RNG.integers(0, 9, 200) * RNG.integers(0, 2, 200)
   sizes[[3, 50]] = 70, tile_m
-  m, n, k = int(sizes.sum()) + 30, 1104, 2880
+  m, n, k = int(sizes.sum()) + 30, 336, 1040
   lhs, rhs = contiguous_operands(m, n, k, len(sizes))
   poison((m, n), dtype)
   run = jitted(m_grouped_gemm, preferred_element_type=dtype, config=config)
