@@ -18,7 +18,14 @@ from benchmarks import moe_layer, shapes, torch_peers
 from benchmarks.plot import plot
 from benchmarks.run import run
 
-_BENCHMARKS = ("m_grouped", "k_grouped", "masked", "decode", "quantize")
+_BENCHMARKS = (
+  "m_grouped",
+  "k_grouped",
+  "masked",
+  "decode",
+  "quantize",
+  "train_step",
+)
 
 
 def _peers(benchmark: str, names):

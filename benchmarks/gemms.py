@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import masked, oracle
+from benchmarks import masked, oracle, train_step
+from benchmarks.operands import Unsupported, check_dense
 from benchmarks.shapes import Problem
 from benchmarks.timing import Program, measure_us
 from jax_grouped_gemm import (
@@ -25,16 +26,11 @@ from jax_grouped_gemm.kernels import tuning
 # peers also round the operands.
 _MAX_ROW_ERROR_OURS = 4e-3
 _MAX_ROW_ERROR_BF16 = 1e-2
-_MAX_DENSE_GROUPS = 8  # jax.lax.ragged_dot multiplies all rows by all groups.
 # What JAX's own kernel is tried with: block_m, block_n, block_k, steps.
 _MGPU_CONFIGS = ((128, 128, 64, 4), (128, 256, 64, 4), (64, 256, 64, 4))
 
 
 _NO_LOCK = contextlib.nullcontext()
-
-
-class Unsupported(Exception):
-  """The implementation cannot run the problem."""
 
 
 def _max_row_error_of(impl: str) -> float:
@@ -72,8 +68,7 @@ class MGrouped:
     )
 
   def _lax_ragged_dot(self):
-    if self.sizes.size > _MAX_DENSE_GROUPS:
-      raise Unsupported(f"multiplies densely: > {_MAX_DENSE_GROUPS} groups")
+    check_dense(self.sizes.size)
     return jax.lax.ragged_dot, (*self._bf16(), self.sizes)
 
   def _ragged_dot_mgpu(self):
@@ -137,15 +132,22 @@ def _call_mgpu(kernel, lhs, rhs, sizes, **config):
 
 
 class KGrouped:
-  """out[g] = lhs[:, tokens of g] @ rhs[:, tokens of g].T."""
+  """out[g] = lhs[:, tokens of g] @ rhs[:, tokens of g].T.
+
+  Ours adds it to an accumulator, as DeepGEMM does. In place or not, that moves
+  the same bytes.
+  """
 
   def __init__(self, p: Problem, operands):
-    self.p, (self.lhs, self.rhs, self.sizes) = p, operands
+    self.p = p
+    self.lhs, self.rhs, self.sizes, self.accumulator = operands
 
   @staticmethod
   def operands(p: Problem):
-    """Returns lhs, rhs and sizes."""
+    """Returns lhs, rhs, sizes and accumulator."""
     t, sizes = sum(p.sizes), jnp.asarray(p.sizes, jnp.int32)
+    shape = len(p.sizes), p.n, p.k
+    accumulator = jax.random.normal(jax.random.key(1), shape, jnp.float32)
     lhs, rhs = (
       quantize_for_k_grouped(
         jax.random.normal(key, (t, features), jnp.bfloat16), sizes
@@ -154,22 +156,24 @@ class KGrouped:
         jax.random.split(jax.random.key(0)), (p.n, p.k), strict=True
       )
     )
-    return lhs, rhs, sizes
+    return lhs, rhs, sizes, accumulator
 
-  def max_row_error(self, out):
-    """Compared with the result in float32 arithmetic."""
+  def max_row_error(self, out, impl):
+    """Compared with the result in float32 arithmetic, the products alone."""
     expected = k_grouped_gemm(
       self.lhs, self.rhs, self.sizes, implementation="xla"
     )
+    out = out - self.accumulator if impl == "ours" else out
     return oracle.row_error(out, expected)
 
   def calls(self):
     """Returns {implementation: function that returns (function, operands)}."""
     (m, t), (n, _), g = self.lhs.shape, self.rhs.shape, self.sizes.size
     config = tuning.k_grouped_config(m, n, t, g)
-    ours = functools.partial(k_grouped_gemm, config=config)
+    ours = functools.partial(_accumulate, config=config)
+    operands = self.lhs, self.rhs, self.sizes, self.accumulator
     return {
-      "ours": lambda: (ours, (self.lhs, self.rhs, self.sizes)),
+      "ours": lambda: (ours, operands),
       "ours_bf16": lambda: (_rhs_gradient_bf16, self._bf16()),
       "jax_transposed_ragged_dot_mgpu": self._transposed_ragged_dot_mgpu,
     }
@@ -195,11 +199,16 @@ class KGrouped:
     return _fastest_mgpu("transposed_ragged_dot", operands), operands
 
 
+def _accumulate(lhs, rhs, sizes, accumulator, config):
+  return k_grouped_gemm(lhs, rhs, sizes, accumulator=accumulator, config=config)
+
+
 GEMMS = {
   "m_grouped": MGrouped,
   "k_grouped": KGrouped,
   "masked": masked.Masked,
   "decode": masked.Decode,
+  "train_step": train_step.TrainStep,
 }
 # Their operands may be shapes, to compile for.
 _OURS = ("ours", "ours_m_grouped", "ours_small_groups")
@@ -214,6 +223,7 @@ IMPLS = {
   "k_grouped": ("ours", "ours_bf16", "jax_transposed_ragged_dot_mgpu"),
   "masked": ("read", "ours", "ours_m_grouped", "ours_small_groups"),
   "decode": ("read", "ours", "ours_m_grouped"),
+  "train_step": train_step.IMPLS,
 }
 
 
@@ -228,39 +238,43 @@ def rows(
   make = functools.partial(kind.operands, problem)
   operands = jax.eval_shape(make)
   make = jax.jit(make).lower().compile()
+
+  def max_row_error(operands, out, impl):
+    return kind(problem, operands).max_row_error(out, impl)
+
+  # XLA would time its own GEMMs beside what is measured.
+  options = {"xla_gpu_autotune_level": 0}
   check = jax.jit(
-    lambda operands, out: kind(problem, operands).max_row_error(out),
-    # XLA would time its own GEMMs beside what is measured.
-    compiler_options={"xla_gpu_autotune_level": 0},
+    max_row_error, static_argnames="impl", compiler_options=options
   )
   calls, programs = kind(problem, operands).calls(), {}
   for impl in impls:
     if impl in _OURS:
-      programs[impl] = Program(*_unpack(calls[impl]()))
-      check.lower(operands, programs[impl].out_info).compile()  # Kept by jit.
+      fn, args = calls[impl]()
+      programs[impl] = Program(fn, *args)
+      # jit keeps it.
+      check.lower(operands, programs[impl].out_info, impl).compile()
   with lock:
-    gemm = kind(problem, make())
+    operands = make()
+    calls = kind(problem, operands).calls()
+    check = functools.partial(check, operands)
     return [
-      _row(gemm, impl, programs.get(impl), check, iterations) for impl in impls
+      masked.read_row(iterations)
+      if impl == "read"
+      else _row(impl, calls[impl], programs.get(impl), check, iterations)
+      for impl in impls
     ]
 
 
-def _unpack(call):
-  fn, operands = call
-  return fn, *operands
-
-
-def _row(gemm, impl: str, program, check, iterations: int) -> dict:
-  if impl == "read":
-    return masked.read_row(iterations)
+def _row(impl: str, call, program, check, iterations: int) -> dict:
   try:
-    fn, operands = gemm.calls()[impl]()
+    fn, operands = call()
     program = program or Program(fn, *operands)
     out = program(*operands)
-    error = float(check((gemm.lhs, gemm.rhs, gemm.sizes), out))
+    error = float(check(out, impl))
     num_bytes = sum(x.nbytes for x in jax.tree.leaves((operands, out)))
     del out
-    us = program.measure_us(*operands, iterations=iterations)
+    us, _ = program.measure(*operands, iterations=iterations)
   except (ImportError, Unsupported) as reason:
     return {"impl": impl, "unavailable": str(reason)}
   return {
@@ -268,6 +282,7 @@ def _row(gemm, impl: str, program, check, iterations: int) -> dict:
     **_config(fn),
     "us": round(us, 2),
     "gbps": round(num_bytes / us / 1e3, 1),
+    "peak_bytes": program.peak_bytes,
     "max_row_error": error,
     "verified": error <= _max_row_error_of(impl),
   }

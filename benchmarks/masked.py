@@ -59,7 +59,7 @@ class Masked:
     )
     return gemm, (self.lhs, self.rhs, self.sizes)
 
-  def max_row_error(self, out):
+  def max_row_error(self, out, impl):
     """Of the rows in use."""
     rows = len(self.p.sizes) * self.p.max_m
     flat = jax.tree.map(lambda x: x.reshape(rows, -1), (out, self.lhs))
@@ -97,7 +97,7 @@ class Decode:
     )
     return gemm, (self.lhs, self.rhs, self.sizes)
 
-  def max_row_error(self, out):
+  def max_row_error(self, out, impl):
     """All rows are somebody's."""
     starts = itertools.accumulate(self.p.sizes[:-1], initial=0)
     return oracle.max_row_error(out, self.lhs, self.rhs, self.p.sizes, starts)

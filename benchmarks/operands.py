@@ -9,6 +9,19 @@ import jax.numpy as jnp
 from benchmarks.shapes import Problem
 from jax_grouped_gemm import ScaledArray, quantize
 
+# jax.lax.ragged_dot multiplies all rows by all groups.
+_MAX_DENSE_GROUPS = 8
+
+
+class Unsupported(Exception):
+  """The implementation cannot run the problem."""
+
+
+def check_dense(groups: int):
+  """Raises Unsupported if jax.lax.ragged_dot is not to be tried."""
+  if groups > _MAX_DENSE_GROUPS:
+    raise Unsupported(f"multiplies densely: > {_MAX_DENSE_GROUPS} groups")
+
 
 def _normal(key, shape, block_shape) -> ScaledArray:
   return quantize(jax.random.normal(key, shape, jnp.bfloat16), block_shape)

@@ -19,6 +19,7 @@ class Problem(NamedTuple):
   n: int
   k: int
   max_m: int = 0  # masked: rows that lhs has for each group
+  products: int = 1  # of these sizes: 3 in a training step
 
   @property
   def num_bytes(self) -> int:
@@ -31,7 +32,7 @@ class Problem(NamedTuple):
   @property
   def flops(self) -> int:
     """Of the rows that are asked for: no padding."""
-    return 2 * sum(self.sizes) * self.n * self.k
+    return 2 * self.products * sum(self.sizes) * self.n * self.k
 
 
 # ---------------------------------------------------------------- group sizes
@@ -89,7 +90,6 @@ GROUPS = {
 # ---------------------------------------------------------------- shapes
 
 _M_WIDTHS = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
-_K_WIDTHS = ((4096, 7168), (7168, 2048))
 _GROUPS = ((4, 8192), (8, 4096), (64, 512))  # groups, mean rows
 
 # --shapes -> (groups, mean rows, n, k), sizes as --groups says
@@ -100,7 +100,11 @@ _GROUPED = {
     "smoke": [(2, 40, 128, 256)],
   },
   "k_grouped": {
-    "deepgemm": [(*g, *w) for g in _GROUPS for w in _K_WIDTHS],
+    "deepgemm": [
+      (*g, *w)
+      for g in ((4, 8192), (8, 4096), (16, 2048))
+      for w in ((4096, 7168), (7168, 2048))
+    ],
     "smoke": [(2, 40, 128, 256)],
   },
   "masked": {
@@ -112,6 +116,14 @@ _GROUPED = {
     "smoke": [(2, 40, 128, 256)],
   },
   "decode": {"smoke": [(4, 3, 128, 256)]},
+  "train_step": {
+    "deepgemm": [
+      (8, 4096, 4096, 4096),
+      (64, 512, 7168, 4096),
+      (128, 256, 1536, 2048),
+    ],
+    "smoke": [(2, 40, 128, 256)],
+  },
 }
 # The time of these is that of moving bytes.
 MEMORY_BOUND = ("masked", "decode")
@@ -209,6 +221,7 @@ def problems(benchmark: str, shapes, groups) -> list[Problem]:
           n,
           k,
           _max_m(mean) if benchmark == "masked" else 0,
+          3 if benchmark == "train_step" else 1,
         )
         for sizes in groups
         for g, mean, n, k in _GROUPED[benchmark][name]

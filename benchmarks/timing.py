@@ -1,5 +1,6 @@
 """How long a function takes on the device."""
 
+import collections
 import statistics
 import time
 
@@ -16,6 +17,11 @@ class Program:
   Args:
     fn: what is timed.
     *args: its arguments, or their shapes: then nothing touches the device.
+
+  Attributes:
+    out_info: the shapes of what fn returns.
+    peak_bytes: of its arguments, results and what it needs in between, as XLA
+      plans them.
   """
 
   def __init__(self, fn, *args):
@@ -30,7 +36,14 @@ class Program:
     words = _FLUSH_WORDS if self._on_gpu else 1
     self._words = jax.ShapeDtypeStruct((words,), jnp.uint32)
     self._compiled = jax.jit(flush_and_run).lower(self._words, args).compile()
-    self.out_info = self._compiled.out_info[1]  # Shapes of what fn returns.
+    self.out_info = self._compiled.out_info[1]
+    memory = self._compiled.memory_analysis()
+    self.peak_bytes = (
+      memory.temp_size_in_bytes
+      + memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - 2 * words * self._words.dtype.itemsize  # Before and after the flush.
+    )
 
   def __call__(self, *args):
     """Returns what the function returns."""
@@ -39,24 +52,21 @@ class Program:
   def _zeros(self):
     return jnp.zeros(self._words.shape, self._words.dtype)
 
-  def measure_us(self, *args, iterations: int) -> float:
-    """Returns the median of the runs' times, in microseconds.
+  def measure(self, *args, iterations: int) -> tuple[float, dict[str, float]]:
+    """Returns the median of the runs' times, and {kernel: time} of that run.
 
-    On a GPU the sum of the times of a run's kernels, as CUPTI reports them,
-    after the L2 cache was flushed: the gaps between kernels are not in it.
-    Elsewhere wall-clock time.
+    In microseconds. On a GPU the sum of the times of a run's kernels, as CUPTI
+    reports them, after the L2 cache was flushed: the gaps between kernels are
+    not in it. Elsewhere wall-clock time, of no kernels.
     """
-    if self._on_gpu:
-      return self._measure_kernels_us(args, iterations)
-    words, times = self._zeros(), []
-    jax.block_until_ready(self._compiled(words, args))
-    for _ in range(iterations):
-      start = time.perf_counter()
+    if not self._on_gpu:
+      words, times = self._zeros(), []
       jax.block_until_ready(self._compiled(words, args))
-      times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times)
-
-  def _measure_kernels_us(self, args, iterations: int) -> float:
+      for _ in range(iterations):
+        start = time.perf_counter()
+        jax.block_until_ready(self._compiled(words, args))
+        times.append(time.perf_counter() - start)
+      return 1e6 * statistics.median(times), {}
     from jax.experimental.mosaic.gpu import profiler
 
     # The results of all iterations are kept.
@@ -69,10 +79,14 @@ class Program:
     _, runs = measure(self._zeros(), args)
     # A single run is not in a list of its own.
     runs = runs if isinstance(runs[0], list) else [runs]
-    times_ms = [sum(time for _, time in kernels[1:]) for kernels in runs]
-    return 1e3 * statistics.median(times_ms)
+    runs = [kernels[1:] for kernels in runs]
+    total_ms = lambda kernels: sum(time_ms for _, time_ms in kernels)
+    kernels_us = collections.Counter()
+    for name, time_ms in sorted(runs, key=total_ms)[len(runs) // 2]:
+      kernels_us[name] += 1e3 * time_ms
+    return 1e3 * statistics.median(map(total_ms, runs)), dict(kernels_us)
 
 
 def measure_us(fn, *args, iterations: int) -> float:
-  """Returns how long a call takes: see Program.measure_us."""
-  return Program(fn, *args).measure_us(*args, iterations=iterations)
+  """Returns how long a call takes: see Program.measure."""
+  return Program(fn, *args).measure(*args, iterations=iterations)[0]

@@ -30,6 +30,7 @@ IMPLS_OF = {
   "k_grouped": ("deepgemm", "torch_grouped_mm"),
   "masked": ("deepgemm",),
   "decode": IMPLS[:4],
+  "train_step": ("torch_grouped_mm",),
 }
 _E4M3_MAX = 448.0
 _FLUSH_BYTES = 2**28  # several times the L2 cache.
@@ -351,7 +352,8 @@ def _deepgemm_k_grouped(torch, p: Problem):
   out = torch.zeros(len(sizes), p.n, p.k, device="cuda")
 
   def call():
-    multiply((lhs, lhs_scales), (rhs, rhs_scales), out, sizes, ks, out)
+    # Scales by feature, the features of a block of tokens side by side.
+    multiply((lhs, lhs_scales.T), (rhs, rhs_scales.T), out, sizes, ks, out)
     return out
 
   def check(out):
@@ -379,6 +381,31 @@ def _grouped_mm_k_grouped(torch, p: Problem):
   return (lambda: torch._grouped_mm(lhs.T, rhs, offs=offsets)), check
 
 
+def _grouped_mm_train_step(torch, p: Problem):
+  ops, m = _Operands(torch, p), sum(p.sizes)
+  lhs, dout = ops.normal(m, p.k), ops.normal(m, p.n)
+  rhs = ops.normal(len(p.sizes), p.k, p.n)
+  offsets = ops.offsets(p.sizes)
+
+  def call():
+    return (
+      torch._grouped_mm(lhs, rhs, offs=offsets),
+      torch._grouped_mm(dout, rhs.mT, offs=offsets),
+      torch._grouped_mm(lhs.T, dout, offs=offsets),
+    )
+
+  def check(results):
+    out, dlhs, drhs = results
+    rows = lambda x: lambda tokens: x[tokens].float()
+    return max(
+      _check(torch, out, p.sizes, rows(lhs), lambda i: rhs[i].T.float()),
+      _check(torch, dlhs, p.sizes, rows(dout), lambda i: rhs[i].float()),
+      _check_k_grouped(torch, drhs, p.sizes, rows(lhs), rows(dout)),
+    )
+
+  return call, check
+
+
 _RUN_K_GROUPED = dict(
   zip(
     IMPLS_OF["k_grouped"],
@@ -400,6 +427,11 @@ _RUN: dict[str, Callable[..., Any]] = dict(
     strict=True,
   )
 )
+
+_RUN_OF = {
+  "k_grouped": _RUN_K_GROUPED,
+  "train_step": {"torch_grouped_mm": _grouped_mm_train_step},
+}
 
 # ---------------------------------------------------------------- process
 
@@ -424,7 +456,7 @@ def _measure_us(torch, call, iterations: int) -> float:
 def _rows(
   torch, benchmark: str, p: Problem, impls, iterations: int
 ) -> Iterator[dict]:
-  run = _RUN_K_GROUPED if benchmark == "k_grouped" else _RUN
+  run = _RUN_OF.get(benchmark, _RUN)
   for impl in impls:
     try:
       call, check = run[impl](torch, p)

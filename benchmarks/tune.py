@@ -73,7 +73,7 @@ def sweep(p: Problem, iterations: int, lock) -> dict[Config, float]:
   with lock:
     operands = make()
     return {
-      config: program.measure_us(*operands, iterations=iterations)
+      config: program.measure(*operands, iterations=iterations)[0]
       for config, program in programs.items()
     }
 

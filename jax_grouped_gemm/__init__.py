@@ -5,12 +5,13 @@ from jax_grouped_gemm.config import Config, SmallGroupsConfig
 from jax_grouped_gemm.masked import m_grouped_gemm_masked
 from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
 from jax_grouped_gemm.quantization import (
-  QuantizedWeights,
   quantize,
   quantize_for_k_grouped,
   quantize_weights,
 )
-from jax_grouped_gemm.ragged_dot import Recipe, ragged_dot
+from jax_grouped_gemm.quantized_weights import QuantizedWeights
+from jax_grouped_gemm.ragged_dot import ragged_dot
+from jax_grouped_gemm.recipe import Recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 __all__ = [

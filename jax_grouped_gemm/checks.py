@@ -187,18 +187,13 @@ def _check_fits(config, out_dtype, k: int | None):
     )
 
 
-def unsupported_by_kernels(sizes, lhs, rhs, out_dtype) -> str | None:
+def unsupported_by_kernels(sizes, out_dtype) -> str | None:
   """Returns what of the problem the kernels do not support, if anything."""
   for name, size in sizes.items():
     if size % _KERNEL_ALIGN:
       return (
         f"needs {name} to be a multiple of {_KERNEL_ALIGN}, got {name}={size}"
       )
-  if {lhs.dtype, rhs.dtype} != {_VALUE_DTYPES[0]}:
-    return (
-      f"multiplies {_VALUE_DTYPES[0]} values only, got lhs {lhs.dtype} and rhs "
-      f"{rhs.dtype}"
-    )
   if out_dtype not in _KERNEL_DTYPES:
     return f"gives one of {_names(_KERNEL_DTYPES)}, got {out_dtype}"
   return None

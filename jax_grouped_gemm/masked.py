@@ -73,7 +73,7 @@ def m_grouped_gemm_masked(
   checks.check_m_grouped_config(config, out_dtype, k)
   implementation = implementations.choose(
     implementation or _DEFAULT_IMPLEMENTATION,
-    checks.unsupported_by_kernels({"k": k, "n": n}, lhs, rhs, out_dtype),
+    checks.unsupported_by_kernels({"k": k, "n": n}, out_dtype),
   )
   lhs, rhs, group_sizes = vary_alike(lhs, rhs, group_sizes)
   if g * max_m * n * k == 0:

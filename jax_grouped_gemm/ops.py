@@ -59,7 +59,7 @@ def m_grouped_gemm(
   checks.check_m_grouped_config(config, out_dtype, k)
   implementation = implementations.choose(
     implementation,
-    checks.unsupported_by_kernels({"k": k, "n": n}, lhs, rhs, out_dtype),
+    checks.unsupported_by_kernels({"k": k, "n": n}, out_dtype),
   )
   lhs, rhs, group_sizes, group_offset = vary_alike(
     lhs, rhs, group_sizes, group_offset
@@ -118,9 +118,7 @@ def k_grouped_gemm(
   out_dtype = checks.check_out_dtype(preferred_element_type)
   accumulator = checks.check_accumulator(accumulator, (g, m, n))
   checks.check_k_grouped_config(config, out_dtype)
-  unsupported = checks.unsupported_by_kernels(
-    {"m": m, "n": n}, lhs, rhs, out_dtype
-  )
+  unsupported = checks.unsupported_by_kernels({"m": m, "n": n}, out_dtype)
   if accumulator is not None and out_dtype != accumulator.dtype:
     unsupported = unsupported or (
       f"adds a float32 accumulator to float32 only, got {out_dtype}"

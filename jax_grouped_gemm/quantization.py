@@ -4,7 +4,6 @@ Nothing here is differentiable; ragged_dot is.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jax_grouped_gemm.kernels import quantize_tokens as tokens_kernel
 from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
 from jax_grouped_gemm.kernels import reference
 from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.quantized_weights import QuantizedWeights
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 _WEIGHTS_DTYPE = jnp.float8_e4m3fn
@@ -45,9 +45,9 @@ def quantize(
     block_shape: elements along each axis that share a scale.
     dtype: float8_e4m3fn or float8_e5m2.
     power_of_two_scales: rounds scales up, so that they multiply exactly.
-    implementation: None or "xla", or "mosaic_gpu" or "interpret", for kernels
-      that quantise float32 and bfloat16 x of (m, k) or (g, m, k), k a multiple
-      of 16, in blocks of 128 along k.
+    implementation: as in m_grouped_gemm. The kernels quantise float32 and
+      bfloat16 x of (m, k) or (g, m, k), k a multiple of 16, in blocks of 128
+      along k.
   """
   x, dtype = checks.check_quantize(x, dtype, implementation)
   block_shape = tuple(block_shape)
@@ -56,7 +56,7 @@ def quantize(
       f"block_shape must have a positive entry for each axis of x {x.shape}, "
       f"got {block_shape}"
     )
-  implementation = _choose(
+  implementation = implementations.choose(
     implementation, checks.unsupported_by_quantize(x, block_shape)
   )
   if implementation == "xla" or x.size == 0:
@@ -75,11 +75,15 @@ def quantize(
   )
 
 
-def _choose(implementation: str | None, unsupported: str | None) -> str:
-  # Without this line None means the kernels on a Hopper GPU. They have not run
-  # on one yet.
-  implementation = implementation or "xla"
-  return implementations.choose(implementation, unsupported)
+def where_supported(
+  implementation: str | None, unsupported: str | None
+) -> str | None:
+  """Returns the implementation of an operand of a GEMM that runs by another.
+
+  XLA quantises what the quantisation kernels do not, for the reason
+  `unsupported`, though the GEMM's kernel takes it.
+  """
+  return implementation if unsupported is None else "xla"
 
 
 @functools.partial(
@@ -108,19 +112,6 @@ def _quantize_rows(x, *, interpret: bool, **static) -> ScaledArray:
   )
 
 
-class QuantizedWeights(NamedTuple):
-  """Weights (g, k, n) in blocks of 128x128, in the layouts of two GEMMs.
-
-  Attributes:
-    forward: (g, n, k), rhs of m_grouped_gemm in the forward pass.
-    dgrad: (g, k, n), rhs of m_grouped_gemm for the gradient of lhs. The same
-      values and scales, transposed.
-  """
-
-  forward: ScaledArray
-  dgrad: ScaledArray
-
-
 def quantize_weights(
   w: Float[Array, "g k n"],
   *,
@@ -132,13 +123,13 @@ def quantize_weights(
   Args:
     w: as in quantize.
     power_of_two_scales: as in quantize.
-    implementation: None or "xla", or "mosaic_gpu" or "interpret", for a kernel
-      that reads bfloat16 weights once, k and n multiples of 16.
+    implementation: as in m_grouped_gemm. The kernel reads bfloat16 weights
+      once, k and n multiples of 16.
   """
   w, _ = checks.check_quantize(w, _WEIGHTS_DTYPE, implementation)
   if w.ndim != 3:
     raise ValueError(f"w must be (g, k, n), got shape {w.shape}")
-  implementation = _choose(
+  implementation = implementations.choose(
     implementation, checks.unsupported_by_quantize_weights(w)
   )
   if implementation == "xla" or w.size == 0:
@@ -201,8 +192,8 @@ def quantize_for_k_grouped(
     power_of_two_scales: as in quantize.
     group_offset: first group to keep; needs `num_groups`.
     num_groups: number of groups to keep from there on; others are left out.
-    implementation: None or "xla", or "mosaic_gpu" or "interpret", for a kernel
-      that takes bfloat16 x of a multiple of 16 features.
+    implementation: as in m_grouped_gemm. The kernel takes bfloat16 x of a
+      multiple of 16 features.
   """
   x, dtype = checks.check_quantize(x, dtype, implementation)
   if x.ndim != 2:
@@ -212,7 +203,7 @@ def quantize_for_k_grouped(
       "group_offset and num_groups go together, got "
       f"{group_offset=}, {num_groups=}"
     )
-  implementation = _choose(
+  implementation = implementations.choose(
     implementation, checks.unsupported_by_quantize_tokens(x)
   )
   if num_groups is None:
@@ -265,8 +256,3 @@ def _pad_storage(x: ScaledArray) -> ScaledArray:
 def _row_align(x: ScaledArray) -> int:
   """Rows in whole scale blocks too, if they have any, for the sake of x.mT."""
   return max((ROW_ALIGN, *x.block_shape[-2:-1]))
-
-
-jax.export.register_namedtuple_serialization(
-  QuantizedWeights, serialized_name="jax_grouped_gemm.QuantizedWeights"
-)

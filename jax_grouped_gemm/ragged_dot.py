@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,51 +17,21 @@ from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.kernels.unquantized import Unquantized
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
-from jax_grouped_gemm.quantization import quantize, quantize_for_k_grouped
+from jax_grouped_gemm.quantization import (
+  quantize,
+  quantize_for_k_grouped,
+  quantize_weights,
+  where_supported,
+)
+from jax_grouped_gemm.quantized_weights import (
+  QuantizedWeights,
+  check_quantized_weights,
+)
+from jax_grouped_gemm.recipe import Recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
 
-_PRODUCTS = ("fp8", "bf16")
 # For the policies of jax.checkpoint: to keep the weights' quantised copy.
 QUANTIZED_WEIGHTS = "jax_grouped_gemm.quantized_weights"
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """How the three products of ragged_dot and its gradients are quantised.
-
-  Attributes:
-    forward: "fp8", or "bf16": the operands as they are, of whatever dtype.
-    dgrad: the same for the gradient of lhs.
-    wgrad: the same for the gradient of rhs.
-    gradient_dtype: of the quantised gradient of the result, float8_e4m3fn or
-      float8_e5m2.
-    power_of_two_scales: as in quantize.
-  """
-
-  forward: Literal["fp8", "bf16"] = "fp8"
-  dgrad: Literal["fp8", "bf16"] = "fp8"
-  wgrad: Literal["fp8", "bf16"] = "fp8"
-  gradient_dtype: DTypeLike = jnp.float8_e4m3fn
-  power_of_two_scales: bool = False
-
-  def __post_init__(self):
-    for name in ("forward", "dgrad", "wgrad"):
-      if getattr(self, name) not in _PRODUCTS:
-        raise ValueError(
-          f"{name} must be one of {_PRODUCTS}, got {getattr(self, name)!r}"
-        )
-    dtype = jnp.dtype(self.gradient_dtype)
-    checks.check_value_dtype("gradient_dtype", dtype)
-    object.__setattr__(self, "gradient_dtype", dtype)
-    if not isinstance(self.power_of_two_scales, bool):
-      raise TypeError(
-        f"power_of_two_scales must be a bool, got {self.power_of_two_scales!r}"
-      )
-
-  @classmethod
-  def bf16(cls) -> "Recipe":
-    """Nothing is quantised."""
-    return cls(forward="bf16", dgrad="bf16", wgrad="bf16")
 
 
 def ragged_dot(
@@ -75,6 +44,7 @@ def ragged_dot(
   out_sharding=None,
   *,
   recipe: Recipe = Recipe(),  # noqa: B008, immutable.
+  quantized_rhs: QuantizedWeights | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "m n"]:
   """out[r] = lhs[r] @ rhs[group of r], lhs (m, k), rhs (g, k, n) -> (m, n).
@@ -94,7 +64,11 @@ def ragged_dot(
     group_offset: the first of the groups in group_sizes that rhs holds.
     out_sharding: of the result, on a mesh of explicit axes.
     recipe: which products are quantised, and how.
-    implementation: as in m_grouped_gemm. Of the products that are not
+    quantized_rhs: quantize_weights(rhs), to be used for many calls. The FP8
+      products take it in the place of rhs, whose gradient it does not change.
+      Its power_of_two_scales is not compared with the recipe's.
+    implementation: as in m_grouped_gemm. Operands that the quantisation kernels
+      do not support are quantised by XLA. Of the products that are not
       quantised, None means jax.lax.ragged_dot or, on a CPU, "xla"; the kernels
       multiply two bfloat16 or two float16 operands, of which the gradient of
       the result is one in the backward pass.
@@ -104,6 +78,15 @@ def ragged_dot(
     raise TypeError(f"recipe must be a Recipe, got {recipe!r}")
   implementations.check(implementation)
   _check_operands(lhs, rhs)
+  if quantized_rhs is not None:
+    quantized_rhs = check_quantized_weights(
+      "quantized_rhs", quantized_rhs, rhs.shape
+    )
+    if not recipe.quantizes_weights:
+      raise ValueError(
+        "quantized_rhs needs a recipe whose forward or dgrad is 'fp8', got "
+        f"{recipe}"
+      )
   group_sizes, group_offset = check_group_sizes(
     group_sizes, lhs.shape[0], rhs.shape[0], group_offset
   )
@@ -133,7 +116,7 @@ def ragged_dot(
   dot = functools.partial(_ragged_dot, call)
   if out_sharding is not None:
     dot = jax.sharding.auto_axes(dot, out_sharding=out_sharding)
-  return dot(*vary_alike(lhs, rhs, group_sizes, group_offset))
+  return dot(*vary_alike(lhs, rhs, quantized_rhs, group_sizes, group_offset))
 
 
 def _check_operands(lhs, rhs):
@@ -162,31 +145,28 @@ class _Call:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ragged_dot(call: _Call, lhs, rhs, group_sizes, group_offset):
-  weights = _quantize_weights(call, rhs) if _is_fp8(call, "forward") else None
+def _ragged_dot(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
+  if weights is None and call.recipe.forward == "fp8":
+    weights = _quantize_weights(call, rhs)
   return _forward(call, lhs, rhs, weights, group_sizes, group_offset)
 
 
-def _ragged_dot_fwd(call: _Call, lhs, rhs, group_sizes, group_offset):
-  needs_weights = _is_fp8(call, "forward") or _is_fp8(call, "dgrad")
-  weights = kept_weights = None
-  if needs_weights:
+def _ragged_dot_fwd(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
+  recipe, dgrad_rhs = call.recipe, rhs
+  if weights is None and recipe.quantizes_weights:
     # As bytes: policies of jax.checkpoint round what they keep as IEEE types,
     # which damages float8_e4m3fn above 240 (jax 0.11.2).
-    kept_weights = _bitcast(_quantize_weights(call, rhs), jnp.uint8)
-    kept_weights = checkpoint_name(kept_weights, QUANTIZED_WEIGHTS)
-    weights = _bitcast(kept_weights, jnp.float8_e4m3fn)
+    kept = _bitcast(_quantize_weights(call, rhs), jnp.uint8)
+    kept = checkpoint_name(kept, QUANTIZED_WEIGHTS)
+    weights = _bitcast(kept, jnp.float8_e4m3fn)
+  if recipe.dgrad == "fp8":
+    dgrad_rhs = weights.dgrad
   out = _forward(call, lhs, rhs, weights, group_sizes, group_offset)
-  dgrad_rhs = kept_weights if _is_fp8(call, "dgrad") else rhs
   wgrad_lhs = lhs
-  if _is_fp8(call, "wgrad"):
+  if recipe.wgrad == "fp8":
     # From the values themselves: forward's copy has its blocks the other way.
-    wgrad_lhs = quantize_for_k_grouped(
-      lhs,
-      group_sizes,
-      power_of_two_scales=call.recipe.power_of_two_scales,
-      group_offset=group_offset,
-      num_groups=None if group_offset is None else rhs.shape[0],
+    wgrad_lhs = _quantize_tokens(
+      call, lhs, group_sizes, group_offset, rhs.shape[0], jnp.float8_e4m3fn
     )
   return out, (dgrad_rhs, wgrad_lhs, group_sizes, group_offset)
 
@@ -202,7 +182,7 @@ def _ragged_dot_bwd(call: _Call, residuals, dout):
     dlhs = _m_grouped(
       call,
       dout,
-      _bitcast(rhs, jnp.float8_e4m3fn),
+      rhs,
       group_sizes,
       group_offset,
       value_dtype=recipe.gradient_dtype,
@@ -211,13 +191,8 @@ def _ragged_dot_bwd(call: _Call, residuals, dout):
   else:
     dlhs = call.unquantized.lhs_gradient(dout, rhs, *bounds, call.lhs_dtype)
   if recipe.wgrad == "fp8":
-    dout = quantize_for_k_grouped(
-      dout,
-      group_sizes,
-      dtype=recipe.gradient_dtype,
-      power_of_two_scales=recipe.power_of_two_scales,
-      group_offset=group_offset,
-      num_groups=None if group_offset is None else groups,
+    dout = _quantize_tokens(
+      call, dout, group_sizes, group_offset, groups, recipe.gradient_dtype
     )
     drhs = k_grouped_gemm(
       lhs,
@@ -228,31 +203,48 @@ def _ragged_dot_bwd(call: _Call, residuals, dout):
     ).astype(call.rhs_dtype)
   else:
     drhs = call.unquantized.rhs_gradient(lhs, dout, *bounds, call.rhs_dtype)
-  return dlhs, drhs, None, None
+  return dlhs, drhs, None, None, None
 
 
 _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd)
 
 
-def _is_fp8(call: _Call, product: str) -> bool:
-  return getattr(call.recipe, product) == "fp8"
-
-
-def _quantize_weights(call: _Call, rhs: Float[Array, "g k n"]) -> ScaledArray:
-  return quantize(
+def _quantize_weights(call: _Call, rhs) -> QuantizedWeights:
+  return quantize_weights(
     rhs,
-    (1, SCALE_BLOCK, SCALE_BLOCK),
     power_of_two_scales=call.recipe.power_of_two_scales,
+    implementation=where_supported(
+      call.implementation, checks.unsupported_by_quantize_weights(rhs)
+    ),
   )
 
 
-def _bitcast(x: ScaledArray, dtype: DTypeLike) -> ScaledArray:
-  values = lax.bitcast_convert_type(x.values, dtype)
-  return ScaledArray(values, x.scales, x.block_shape, x.padding)
+def _quantize_tokens(
+  call: _Call, x, group_sizes, group_offset, groups: int, dtype: DTypeLike
+) -> ScaledArray:
+  return quantize_for_k_grouped(
+    x,
+    group_sizes,
+    dtype=dtype,
+    power_of_two_scales=call.recipe.power_of_two_scales,
+    group_offset=group_offset,
+    num_groups=None if group_offset is None else groups,
+    implementation=where_supported(
+      call.implementation, checks.unsupported_by_quantize_tokens(x)
+    ),
+  )
+
+
+def _bitcast(weights: QuantizedWeights, dtype: DTypeLike) -> QuantizedWeights:
+  def bitcast(x):
+    values = lax.bitcast_convert_type(x.values, dtype)
+    return ScaledArray(values, x.scales, x.block_shape, x.padding)
+
+  return QuantizedWeights(*map(bitcast, weights))
 
 
 def _forward(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
-  if not _is_fp8(call, "forward"):
+  if call.recipe.forward != "fp8":
     bounds = schedule.group_bounds(
       group_sizes, lhs.shape[0], group_offset, rhs.shape[0]
     )
@@ -260,7 +252,7 @@ def _forward(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
   return _m_grouped(
     call,
     lhs,
-    weights.mT,
+    weights.forward,
     group_sizes,
     group_offset,
     value_dtype=jnp.float8_e4m3fn,
@@ -279,11 +271,15 @@ def _m_grouped(
   out_dtype: DTypeLike,
 ) -> Float[Array, "m n"]:
   """out[r] = x[r] @ weights[group of r].T, weights (g, n, k)."""
+  blocks = 1, SCALE_BLOCK
   x = quantize(
     x,
-    (1, SCALE_BLOCK),
+    blocks,
     dtype=value_dtype,
     power_of_two_scales=call.recipe.power_of_two_scales,
+    implementation=where_supported(
+      call.implementation, checks.unsupported_by_quantize(x, blocks)
+    ),
   )
   return m_grouped_gemm(
     x,

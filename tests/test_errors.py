@@ -296,15 +296,6 @@ CASES = [
     "multiple of 16, got n=20",
   ),
   (
-    m_grouped,
-    {
-      "lhs": quantize(ONES((10, 32)), (1, 128), dtype=jnp.float8_e5m2),
-      "implementation": "mosaic_gpu",
-    },
-    NotImplementedError,
-    "e4m3fn values only, got lhs float8_e5m2",
-  ),
-  (
     k_grouped,
     {
       "lhs": quantize_for_k_grouped(ONES((10, 24)), SIZES),

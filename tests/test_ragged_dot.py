@@ -6,6 +6,7 @@ are float64, and bounds are what rounding float32 sums may cost (oracle.check).
 
 import contextlib
 import functools
+import importlib
 import inspect
 import itertools
 
@@ -24,6 +25,7 @@ from jax_grouped_gemm import (
   Recipe,
   quantize,
   quantize_for_k_grouped,
+  quantize_weights,
   ragged_dot,
 )
 from jax_grouped_gemm.kernels import tuning
@@ -54,7 +56,15 @@ def operands(m=M, k=K, n=N, g=G, dtypes=(jnp.float32,) * 3, seed=0):
   jax.jit, static_argnums=0, static_argnames=("implementation", "by_lax")
 )
 def run(
-  recipe, lhs, rhs, dout, sizes, offset=None, implementation=None, by_lax=False
+  recipe,
+  lhs,
+  rhs,
+  dout,
+  sizes,
+  offset=None,
+  quantized_rhs=None,
+  implementation=None,
+  by_lax=False,
 ):
   """Returns out, d(lhs) and d(rhs)."""
   dot = functools.partial(
@@ -63,6 +73,7 @@ def run(
     preferred_element_type=dout.dtype,
     group_offset=offset,
     recipe=recipe,
+    quantized_rhs=quantized_rhs,
     implementation=implementation,
   )
   with by_lax_ragged_dot() if by_lax else contextlib.nullcontext():
@@ -202,13 +213,47 @@ def test_products_do_not_depend_on_one_another(recipe):
     np.testing.assert_array_equal(result, pure[kind][i])
 
 
-def test_interpreted_kernels(monkeypatch):
+@pytest.mark.parametrize("recipe", [FP8, Recipe(gradient_dtype=E5M2)])
+def test_interpreted_kernels(monkeypatch, recipe):
   small = Config(tile_n=64, cluster=1, num_stages=2, num_sms=1)
   for name in ("m_grouped_config", "k_grouped_config"):
     monkeypatch.setattr(tuning, name, lambda *_: small)
   dtypes = jnp.bfloat16, jnp.float32, jnp.bfloat16
   problem = operands(5, 16, 32, 2, dtypes)
-  check(FP8, *problem, (3, 1), implementation="interpret")
+  check(recipe, *problem, (3, 1), implementation="interpret")
+
+
+@pytest.mark.parametrize(
+  "dtypes, kernels",
+  [
+    ((jnp.bfloat16,) * 3, {"rows": 2, "weights": 1, "tokens": 2}),
+    # XLA quantises what the kernels do not take.
+    ((jnp.bfloat16, jnp.float32, jnp.float32), {"rows": 2, "tokens": 1}),
+  ],
+)
+def test_quantised_by_kernels(monkeypatch, dtypes, kernels):
+  """To the bit as XLA does: the GEMMs are XLA's, the quantisation is not."""
+
+  def xla(function):
+    return lambda *args, **kwargs: function(
+      *args, **{**kwargs, "implementation": "xla"}
+    )
+
+  problem = *operands(20, 32, 48, 2, dtypes), jnp.array([13, 5])
+  expected = run(FP8, *problem, implementation="xla")
+  # The package's name for it is that of the function.
+  module = importlib.import_module("jax_grouped_gemm.ragged_dot")
+  for name in ("m_grouped_gemm", "k_grouped_gemm"):
+    monkeypatch.setattr(module, name, xla(getattr(module, name)))
+  # Not `run`, which has traced this already.
+  results = jax.jit(
+    functools.partial(run.__wrapped__, FP8, implementation="interpret")
+  )
+  jaxpr = str(jax.make_jaxpr(results)(*problem))
+  for kernel in ("rows", "weights", "tokens"):
+    count = jaxpr.count(f"name=_quantize_{kernel}")
+    assert count == kernels.get(kernel, 0), kernel
+  chex.assert_trees_all_equal(results(*problem), expected)
 
 
 # ---------------------------------------------------------------- jax.lax
@@ -434,6 +479,61 @@ def test_gradient_of_one_operand(recipe):
     value, result = jax.jit(jax.value_and_grad(loss, argnum))(lhs, rhs, sizes)
     np.testing.assert_array_equal(result, gradient)
     np.testing.assert_allclose(value, jnp.sum(dout * out), rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_quantised_outside(recipe):
+  """The same bits; what the weights become in FP8 comes from there alone."""
+  lhs, rhs, dout = operands()
+  sizes = jnp.array(SIZES)
+  weights = quantize_weights(
+    rhs, power_of_two_scales=recipe.power_of_two_scales
+  )
+  if recipe == BF16:
+    with pytest.raises(ValueError, match="forward or dgrad"):
+      run(recipe, lhs, rhs, dout, sizes, quantized_rhs=weights)
+    return
+  expected = run(recipe, lhs, rhs, dout, sizes)
+  # The floats do not enter: they only receive the gradient.
+  poison = jnp.full_like(rhs, jnp.nan)
+  results = run(recipe, lhs, poison, dout, sizes, quantized_rhs=weights)
+  chex.assert_trees_all_equal(results, expected)
+
+
+def test_weights_quantised_outside_are_not_quantised_again():
+  lhs, rhs, dout = operands(32, 32, 48, 2, (jnp.bfloat16,) * 3)
+  sizes = jnp.array([20, 9])
+  step = functools.partial(run.__wrapped__, FP8, implementation="mosaic_gpu")
+  trace = lambda weights: str(
+    jax.make_jaxpr(step)(lhs, rhs, dout, sizes, quantized_rhs=weights)
+  )
+  kernel = "name=_quantize_weights"
+  assert trace(None).count(kernel) == 1
+  assert trace(quantize_weights(rhs)).count(kernel) == 0
+
+
+def test_wrong_quantised_weights():
+  lhs, rhs, _ = operands()
+  weights = quantize_weights(rhs)
+  e5m2 = quantize(rhs, (1, 128, 128), dtype=E5M2)
+  rows = quantize(rhs, (1, 1, 128))
+  for error, message, wrong in (
+    (TypeError, "QuantizedWeights", weights.dgrad),
+    (
+      ValueError,
+      r"forward must be \(g, n, k\)",
+      weights._replace(forward=weights.dgrad),
+    ),
+    (
+      ValueError,
+      r"dgrad must be \(g, k, n\)",
+      quantize_weights(rhs[:2])._replace(forward=weights.forward),
+    ),
+    (TypeError, "float8_e4m3fn", weights._replace(dgrad=e5m2)),
+    (ValueError, "blocks", weights._replace(dgrad=rows)),
+  ):
+    with pytest.raises(error, match=message):
+      ragged_dot(lhs, rhs, jnp.array(SIZES), quantized_rhs=wrong)
 
 
 def test_recipe():

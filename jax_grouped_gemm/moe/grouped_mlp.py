@@ -18,11 +18,8 @@ from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe.bias import add_bias
 from jax_grouped_gemm.ops import m_grouped_gemm
 from jax_grouped_gemm.quantization import quantize
-from jax_grouped_gemm.ragged_dot import (
-  QUANTIZED_WEIGHTS,
-  Recipe,
-  ragged_dot,
-)
+from jax_grouped_gemm.ragged_dot import QUANTIZED_WEIGHTS, ragged_dot
+from jax_grouped_gemm.recipe import Recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 # Of gpt-oss: the slope of its sigmoid, and where it clamps.

@@ -10,7 +10,7 @@ from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
 from jax_grouped_gemm.moe.grouped_mlp import Activation, Weights, grouped_mlp
 from jax_grouped_gemm.moe.permutation import combine, dispatch
 from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
-from jax_grouped_gemm.ragged_dot import Recipe
+from jax_grouped_gemm.recipe import Recipe
 
 
 class MoeParams(NamedTuple):

@@ -90,6 +90,23 @@ def test_m_grouped_configs(compile_and_report, config, dtype):
     compile_and_report(gemm, *m_grouped_args(4096, n, 2880, 4))
 
 
+@pytest.mark.parametrize("kernel", ["m_grouped", "small_groups"])
+def test_e5m2_rows(compile_and_report, kernel):
+  """As the gradient of the result is, times weights in e4m3fn."""
+  rows, *args = m_grouped_args(4096, 528, 2880, 4)
+  rows = shape(*rows.shape, dtype=jnp.float8_e5m2)
+  if kernel == "m_grouped":
+    config = tuning.m_grouped_config(4096, 528, 2880, 4, jnp.bfloat16)
+    gemm = m_grouped_gemm
+  else:
+    config = tuning.small_groups_config(16, 528, 8, jnp.bfloat16, row_align=8)
+    gemm = small_groups_gemm
+  gemm = functools.partial(
+    gemm, m=4096, n=528, out_dtype=jnp.bfloat16, config=config
+  )
+  compile_and_report(gemm, rows, *args)
+
+
 @pytest.mark.parametrize("config, dtype", sorted(SMALL_GROUPS, key=str))
 def test_small_groups_configs(compile_and_report, config, dtype):
   assert config.smem_bytes(dtype) <= SMEM_BYTES

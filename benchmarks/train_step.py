@@ -1,0 +1,69 @@
+"""The training step to time: a product of ragged_dot and both gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import oracle
+from benchmarks.operands import check_dense
+from benchmarks.shapes import Problem
+from jax_grouped_gemm import Recipe, ragged_dot
+
+IMPLS = ("ours", "ours_bf16", "lax_ragged_dot")
+
+
+def _step(dot, lhs, rhs, dout, sizes):
+  """Returns the product, d(lhs) and d(rhs), all bfloat16."""
+  out, vjp = jax.vjp(lambda lhs, rhs: dot(lhs, rhs, sizes), lhs, rhs)
+  return out, *vjp(dout)
+
+
+def _ours(recipe: Recipe, implementation: str | None = None):
+  if implementation is None and jax.default_backend() == "gpu":
+    implementation = "mosaic_gpu"
+  dot = functools.partial(
+    ragged_dot, recipe=recipe, implementation=implementation
+  )
+  return functools.partial(_step, dot)
+
+
+class TrainStep:
+  """out[r] = lhs[r] @ rhs[group of r], d(lhs), d(rhs); bf16 arrays in and out.
+
+  Quantisation is part of what is timed.
+  """
+
+  def __init__(self, p: Problem, operands):
+    self.p, self.step_operands = p, operands
+
+  @staticmethod
+  def operands(p: Problem):
+    """Returns lhs, rhs, d(out) and sizes."""
+    m, g = sum(p.sizes), len(p.sizes)
+    shapes = (m, p.k), (g, p.k, p.n), (m, p.n)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    floats = [
+      jax.random.normal(key, shape, jnp.bfloat16)
+      for key, shape in zip(keys, shapes, strict=True)
+    ]
+    return *floats, jnp.asarray(p.sizes, jnp.int32)
+
+  def max_row_error(self, out, impl):
+    """Of the three results, compared with XLA's, quantised in the same way."""
+    recipe = Recipe() if impl == "ours" else Recipe.bf16()
+    expected = _ours(recipe, "xla")(*self.step_operands)
+    errors = jax.tree.map(oracle.row_error, out, expected)
+    return jnp.stack(errors).max()
+
+  def calls(self):
+    """Returns {implementation: function that returns (function, operands)}."""
+    return {
+      "ours": lambda: (_ours(Recipe()), self.step_operands),
+      "ours_bf16": lambda: (_ours(Recipe.bf16()), self.step_operands),
+      "lax_ragged_dot": self._lax_ragged_dot,
+    }
+
+  def _lax_ragged_dot(self):
+    check_dense(self.step_operands[-1].size)
+    return functools.partial(_step, jax.lax.ragged_dot), self.step_operands

@@ -1,0 +1,55 @@
+"""Weights in FP8, in the layouts of both GEMMs that read them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_grouped_gemm import checks
+from jax_grouped_gemm.config import SCALE_BLOCK
+from jax_grouped_gemm.scaled_array import ScaledArray
+
+
+class QuantizedWeights(NamedTuple):
+  """Weights (g, k, n) in blocks of 128x128, in the layouts of two GEMMs.
+
+  Attributes:
+    forward: (g, n, k), rhs of m_grouped_gemm in the forward pass.
+    dgrad: (g, k, n), rhs of m_grouped_gemm for the gradient of lhs. The same
+      values and scales, transposed.
+  """
+
+  forward: ScaledArray
+  dgrad: ScaledArray
+
+
+def check_quantized_weights(name: str, weights, shape) -> QuantizedWeights:
+  """Returns them with jax arrays, once they can be copies of `shape` (g, k, n).
+
+  What they hold is not compared.
+  """
+  if not isinstance(weights, QuantizedWeights):
+    raise TypeError(
+      f"{name} must be QuantizedWeights, as quantize_weights() makes them, got "
+      f"{type(weights)}"
+    )
+  g, k, n = shape
+  copies = []
+  for label, x, axes, expected in (
+    (f"{name}.forward", weights.forward, "gnk", (g, n, k)),
+    (f"{name}.dgrad", weights.dgrad, "gkn", (g, k, n)),
+  ):
+    x = checks.check_scaled(label, x, axes, (1, SCALE_BLOCK, SCALE_BLOCK))
+    if x.shape != expected:
+      raise ValueError(
+        f"{label} must be ({', '.join(axes)}) = {expected}, got {x.shape}"
+      )
+    if x.dtype != jnp.float8_e4m3fn:
+      raise TypeError(f"{label}.values must be float8_e4m3fn, got {x.dtype}")
+    copies.append(x)
+  return QuantizedWeights(*copies)
+
+
+jax.export.register_namedtuple_serialization(
+  QuantizedWeights, serialized_name="jax_grouped_gemm.QuantizedWeights"
+)
