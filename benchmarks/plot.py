@@ -16,9 +16,12 @@ _ORDER = (
   "tokamax",
   "lax_ragged_dot",
   "ours_bf16",
+  "xla",
 )
-# Dense products of the same sizes, reading alone: not to be exceeded.
-_BOUNDS = {"cublaslt_fp8": "-", "cublaslt_fp8_block": ":", "read": "-"}
+# Dense products of the same sizes, memory alone: not to be exceeded.
+_BOUNDS = {"cublaslt_fp8": "-", "cublaslt_fp8_block": ":"} | dict.fromkeys(
+  ("read", "copy"), "-"
+)
 
 
 def plot(source: Path, target: Path) -> int:
@@ -29,7 +32,7 @@ def plot(source: Path, target: Path) -> int:
   from matplotlib import pyplot as plt
 
   result = json.loads(source.read_text())
-  memory_bound = result.get("benchmark") in MEMORY_BOUND
+  memory_bound = result.get("benchmark") in (*MEMORY_BOUND, "quantize")
   rate, unit = ("gbps", "GB/s") if memory_bound else ("tflops", "TFLOP/s")
   rows = [row for row in result["rows"] if rate in row]
   sets = list(dict.fromkeys(row["set"] for row in rows))
@@ -55,7 +58,7 @@ def plot(source: Path, target: Path) -> int:
         [rates.get((impl, shape), 0) for shape in shapes],
         height=1 / (len(impls) + 1),
         label=impl,
-        color=f"C{_ORDER.index(impl)}",
+        color=plt.get_cmap("tab20")(_ORDER.index(impl)),
       )
     for impl, style in _BOUNDS.items():
       for j, shape in enumerate(shapes):
@@ -70,7 +73,7 @@ def plot(source: Path, target: Path) -> int:
           )
     axes.set_yticks(range(len(shapes)), shapes, fontsize=7)
     axes.invert_yaxis()
-    axes.set_title(f"{name}: groups × mean rows, n, k", fontsize=9)
+    axes.set_title(name, fontsize=9)
     axes.margins(y=0.01)
   panels[0, 0].legend(fontsize=7, loc="lower right")
   panels[-1, 0].set_xlabel(

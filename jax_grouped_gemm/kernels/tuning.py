@@ -32,14 +32,19 @@ TABLE_VARIABLE = "JAX_GROUPED_GEMM_TUNING_TABLE"
 _MAX_STAGES = 5  # More slots bring nothing.
 _MAX_M_RATIO = math.sqrt(2)  # of a problem's m to that of a measured entry.
 
-# Microseconds of a k slice and of a tile besides, by tile_n. 192 and 128 fit
-# two problems (H200, jax 0.11.2; k 7168 and 2048, NOTES.md); 64 is an estimate.
-_SLICE_US = {192: 0.57, 128: 0.40, 64: 0.27}
-_TILE_US = {192: 1.1, 128: 0.8, 64: 0.6}
-# Relative times of (cluster, multicast). Few clusters share rhs if groups have
-# few row tiles.
-_CLUSTER_FACTOR = {(2, "lhs"): 1.0, (2, "rhs"): 0.995, (1, "lhs"): 1.015}
-_FEW_ROW_TILES, _FEW_ROW_TILES_FACTOR = 8, 1.015
+# M-grouped: (compute_wgs, tile_n, cluster, multicast) -> microseconds of a k
+# slice of a tile, and of a tile besides. Fitted to what `python -m benchmarks
+# tune` measured of the shapes "deepgemm", "small", "models" and "random" (H200,
+# jax 0.11.2), but for the last, an estimate.
+_COSTS_US = {
+  (3, 128, 2, "lhs"): (0.586, 1.12),
+  (3, 128, 1, "lhs"): (0.630, 0.61),
+  (2, 192, 2, "lhs"): (0.648, 0.74),
+  (2, 192, 2, "rhs"): (0.639, 1.20),
+  (2, 128, 2, "lhs"): (0.442, 0.66),
+  (2, 64, 2, "lhs"): (0.280, 0.67),
+  (2, 64, 1, "lhs"): (0.300, 0.60),
+}
 
 # Whether m_grouped_gemm takes the kernel for small groups without being asked.
 # It has not run on a GPU: measure it, then flip this.
@@ -126,30 +131,26 @@ def _lookup(kernel: str, m, n, k, g, out_dtype: DTypeLike) -> Config | None:
 
 def m_grouped_candidates(k: int, out_dtype: DTypeLike) -> list[Config]:
   """Returns what the heuristic chooses from."""
-  return [
-    most_stages(
-      Config(tile_n=tile_n, cluster=cluster, multicast=multicast), out_dtype, k
-    )
-    for tile_n, (cluster, multicast) in itertools.product(
-      _SLICE_US, _CLUSTER_FACTOR
-    )
-  ]
+  names = "compute_wgs", "tile_n", "cluster", "multicast"
+  configs = [Config(**dict(zip(names, key, strict=True))) for key in _COSTS_US]
+  return [most_stages(config, out_dtype, k) for config in configs]
 
 
 def m_grouped_us(config: Config, m: int, n: int, k: int, g: int) -> float:
-  """Estimates the time of an M-grouped GEMM whose group sizes differ a bit."""
-  # Each group's last tile is half empty.
-  row_tiles = m / config.tile_m + min(g, m) / 2
-  factor = _CLUSTER_FACTOR[config.cluster, config.multicast]
-  columns = config.tile_n * config.cluster
-  if config.multicast == "rhs":
-    columns = config.tile_n
-    factor *= _FEW_ROW_TILES_FACTOR if row_tiles < _FEW_ROW_TILES * g else 1
+  """Estimates the time of an M-grouped GEMM, whatever the group sizes.
+
+  Their distribution is taken to be exponential, which popular experts and
+  forgotten ones resemble more than equal sizes do.
+  """
+  # The mean of ceil(size / tile_m) is 1 / (1 - exp(-tile_m / mean size)).
+  row_tiles = -g / math.expm1(-config.tile_m * g / m)
+  columns = config.tile_n * (config.cluster if config.multicast == "lhs" else 1)
   col_tiles = -(-n // columns) * (columns // config.tile_n)
   waves = math.ceil(row_tiles * col_tiles / (config.num_sms or num_sms()))
-  slices = -(-k // SCALE_BLOCK)
-  tile_us = slices * _SLICE_US[config.tile_n] + _TILE_US[config.tile_n]
-  return waves * tile_us * factor
+  slice_us, tile_us = _COSTS_US[
+    config.compute_wgs, config.tile_n, config.cluster, config.multicast
+  ]
+  return waves * (-(-k // SCALE_BLOCK) * slice_us + tile_us)
 
 
 def most_stages(

@@ -20,22 +20,15 @@ WIDTHS = range(16, 16_000, 16)
 DTYPES = (jnp.bfloat16, jnp.float32)
 # What the tables and the heuristics may choose.
 TABLE = tuning.read_table(tuning.TABLE)
-M_GROUPED = (
-  {
-    (config, dtype)
-    for dtype in DTYPES
-    for config in tuning.m_grouped_candidates(2880, dtype)
-  }
-  | {
-    (Config(tile_n=128, compute_wgs=3, multicast=multicast), jnp.bfloat16)
-    for multicast in ("lhs", "rhs")
-  }
-  | {
-    (entry.config, jnp.dtype(entry.out_dtype).type)
-    for entry in TABLE
-    if entry.kernel == "m_grouped"
-  }
-)
+M_GROUPED = {
+  (config, dtype)
+  for dtype in DTYPES
+  for config in tuning.m_grouped_candidates(2880, dtype)
+} | {
+  (entry.config, jnp.dtype(entry.out_dtype).type)
+  for entry in TABLE
+  if entry.kernel == "m_grouped"
+}
 SMALL_GROUPS = {
   (tuning.small_groups_config(rows, n, 8, dtype, row_align=8), dtype)
   for rows in (4, 8, 16, 64)
