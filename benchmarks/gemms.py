@@ -293,8 +293,11 @@ def _config(fn) -> dict:
   config = getattr(fn, "keywords", {}).get("config")
   if config is None:
     return {}
-  turns = getattr(config, "turns", False)
-  stages = f"{config.num_stages} slots{', turns' if turns else ''}"
+  stages = f"{config.num_stages} slots"
+  if getattr(config, "turns", "none") != "none":
+    stages += f", turns by {config.turns}"
+  if getattr(config, "late_store", False):
+    stages += ", stored late"
   shares = f"{config.cluster} share {config.multicast}"
   return {
     "config": f"{config.tile_m}x{config.tile_n}, {stages}, "

@@ -58,19 +58,19 @@ class _Slices(NamedTuple):
     plgpu.barrier_wait(self.refs.full.at[next_slot])
     acc = self._promote(ki, (slot, acc, products))
     products = self.start(next_slot)
-    self.turns.pass_on()
+    self.turns.end_slice()
     return next_slot, acc, products
 
   def compute_last(self, ki, carry):
     acc = self._promote(ki, carry)
-    self.turns.pass_on()
+    self.turns.end_slice()
     return acc
 
   def _promote(self, ki, carry):
     slot, acc, products = carry
     # Multiplied here, beneath the products.
     scales = lax.optimization_barrier(self.load_scales(slot, ki))
-    self.turns.wait()
+    self.turns.start_slice()
     plgpu.wgmma_wait(0)
     products = lax.optimization_barrier(products)  # No use before the wait.
     plgpu.barrier_arrive(self.refs.empty.at[slot])
@@ -95,6 +95,7 @@ def accumulate(
   load_scales,
   promote,
   init,
+  beneath_first=lambda: None,
 ):
   """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
 
@@ -104,36 +105,44 @@ def accumulate(
   promotion stands between the end of a slice's products and the start of the
   next ones, and the address arithmetic of those hides beneath it.
 
-  See Turns for what else keeps the tensor cores busy.
+  beneath_first() runs beneath the first products. See Turns for what else keeps
+  the tensor cores busy.
   """
   first_slot = lax.rem(step, config.num_stages)
   turns = Turns(refs.turn, config)
   slices = _Slices(refs, config, turns, load_scales, promote)
   plgpu.barrier_wait(refs.full.at[first_slot])
-  carry = first_slot, init, slices.start(first_slot)
-  return slices.compute_all(k_iters, carry)
+  turns.start_tile()
+  products = turns.end_first(slices.start(first_slot))
+  beneath_first()
+  return slices.compute_all(k_iters, (first_slot, init, products))
 
 
 def skip(refs, config: Config, k_iters, step):
   """Releases the slots of a tile in which the warpgroup has nothing to do."""
   turns = Turns(refs.turn, config)
+  turns.start_tile()
+  turns.end_first(None)
 
   @pl.loop(0, k_iters)
   def skip_slice(ki):
     slot = lax.rem(step + ki, config.num_stages)
     plgpu.barrier_wait(refs.full.at[slot])
-    turns.wait()
+    turns.start_slice()
     plgpu.barrier_arrive(refs.empty.at[slot])
-    turns.pass_on()
+    turns.end_slice()
 
 
 class Turns(NamedTuple):
-  """The warpgroups of a CTA promote one after the other, slice by slice.
+  """How the warpgroups of a CTA are kept from working in step.
 
   The tensor cores are busy as long as the products of one warpgroup run while
   another promotes. Warpgroups whose products start together share the tensor
-  cores, end together and stay so; with turns, the one that promotes last is
-  late ever after.
+  cores, end together and stay so.
+
+  config.turns "slice": they promote one after the other, slice by slice. The
+  one that promotes last is late ever after. "tile": one starts a tile when the
+  one before it has finished its first products.
   """
 
   barriers: Ref  # (compute_wgs,): one phase a turn
@@ -141,24 +150,44 @@ class Turns(NamedTuple):
 
   def start(self):
     """Gives the first warpgroup its first turn."""
-    if self.config.turns:
+    if self.config.turns == "slice":
       last = self.config.compute_wgs - 1
-      pl.when(lax.axis_index("wg") == last)(self.pass_on)
+      pl.when(lax.axis_index("wg") == last)(self._pass_on)
 
-  def wait(self):
-    if self.config.turns:
-      plgpu.barrier_wait(self.barriers.at[lax.axis_index("wg")])
+  def start_tile(self):
+    if self.config.turns == "tile":
+      pl.when(lax.axis_index("wg") > 0)(self._wait)
 
-  def pass_on(self):
-    if self.config.turns:
-      wg = lax.axis_index("wg")
-      is_last = wg == self.config.compute_wgs - 1
-      plgpu.barrier_arrive(self.barriers.at[lax.select(is_last, 0, wg + 1)])
+  def end_first(self, products):
+    """Returns the first products of a tile, which may still run."""
+    if self.config.turns == "tile":
+      if products is not None:
+        plgpu.wgmma_wait(0)
+        products = lax.optimization_barrier(products)
+      last = self.config.compute_wgs - 1
+      pl.when(lax.axis_index("wg") < last)(self._pass_on)
+    return products
+
+  def start_slice(self):
+    if self.config.turns == "slice":
+      self._wait()
+
+  def end_slice(self):
+    if self.config.turns == "slice":
+      self._pass_on()
 
   def end(self):
     """Takes the turn that nobody needs any more."""
-    if self.config.turns:
-      pl.when(lax.axis_index("wg") == 0)(self.wait)
+    if self.config.turns == "slice":
+      pl.when(lax.axis_index("wg") == 0)(self._wait)
+
+  def _wait(self):
+    plgpu.barrier_wait(self.barriers.at[lax.axis_index("wg")])
+
+  def _pass_on(self):
+    wg = lax.axis_index("wg")
+    is_last = wg == self.config.compute_wgs - 1
+    plgpu.barrier_arrive(self.barriers.at[lax.select(is_last, 0, wg + 1)])
 
 
 def turn_barriers(config: Config):

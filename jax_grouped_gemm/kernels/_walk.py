@@ -63,19 +63,18 @@ def load_tiles(refs, config, masked: Masked | None, k_iters: int, load_tile):
 def for_each_tile(refs, fn, i, step):
   """Calls `step = fn(i, tile, step)` for the tiles announced up to an end.
 
-  Returns the index after the end.
+  fn must release the tile, at the latest in its next call but one. Returns the
+  index of the end, which is to be released as well.
   """
 
   def run(state):
     i, step, _ = state
     step = fn(i, read_tile(refs, i), step)
-    release_tile(refs, i)
     return i + 1, step, is_tile(refs, i + 1)
 
   state = i, step, is_tile(refs, i)
   i, *_ = lax.while_loop(lambda state: state[-1], run, state)
-  release_tile(refs, i)
-  return i + 1
+  return i
 
 
 def queue_types(config: Config):

@@ -113,39 +113,58 @@ def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
 def _compute_tiles(refs: _Refs, config: Config):
   """Computes the announced tiles, then stores the announced tiles of zeros."""
 
+  def store(i):
+    """Stores the staged rows of tile i, which is not needed any more then."""
+    tile = _walk.read_tile(refs, i)
+    _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
+    _walk.release_tile(refs, i)
+
+  def store_late(i):
+    """Stores the tile before tile i."""
+    if config.late_store:
+      pl.when(i > 0)(lambda: store(i - 1))
+
   def compute_tile(i, tile: Tile, step):
     has_rows = _walk.has_rows(tile)
 
     @pl.when(has_rows)
     def compute():
-      sums = _accumulate_tile(refs, config, i, step)
+      sums = _accumulate_tile(refs, config, i, step, lambda: store_late(i))
       _epilogue.stage(refs, sums)
-      _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
 
     @pl.when(~has_rows)
     def skip():
+      store_late(i)
       _rhs_scales.wait(refs, i)
       _main_loop.skip(refs, config, _k_iters(refs), step)
 
+    if not config.late_store:
+      store(i)
     return step + _k_iters(refs)
 
   def store_zeros(i, tile: Tile, step):
-    del i
-    _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
+    del tile
+    store(i)
     return step
 
   zero = jnp.int32(0)
   turns = _main_loop.Turns(refs.turn, config)
   turns.start()
-  i = _walk.for_each_tile(refs, compute_tile, zero, zero)
+  end = _walk.for_each_tile(refs, compute_tile, zero, zero)
+  store_late(end)
   turns.end()
+  _walk.release_tile(refs, end)
   zeros = _pipeline.wgmma_zeros((WGMMA_M, SLICE_N))
   _epilogue.stage(refs, [zeros] * (config.tile_n // SLICE_N))
-  _walk.for_each_tile(refs, store_zeros, i, zero)
+  end = _walk.for_each_tile(refs, store_zeros, end + 1, zero)
+  _walk.release_tile(refs, end)
 
 
-def _accumulate_tile(refs: _Refs, config: Config, i, step):
-  """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns."""
+def _accumulate_tile(refs: _Refs, config: Config, i, step, beneath_first):
+  """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns.
+
+  beneath_first() runs beneath the first products.
+  """
   shape = (WGMMA_M, SLICE_N)
   columns = [slice(c, c + SLICE_N) for c in range(0, config.tile_n, SLICE_N)]
 
@@ -171,6 +190,7 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step):
     load_scales=load_scales,
     promote=promote,
     init=[_pipeline.wgmma_zeros(shape) for _ in columns],
+    beneath_first=beneath_first,
   )
 
 

@@ -96,7 +96,6 @@ def _compute_tiles(refs: _Refs, config: Config, transposed: bool):
   """Computes the announced tiles, then stores the announced tiles of zeros."""
 
   def compute_tile(i, tile: Tile, step):
-    del i
     has_rows = _walk.has_rows(tile)
 
     @pl.when(has_rows)
@@ -109,17 +108,20 @@ def _compute_tiles(refs: _Refs, config: Config, transposed: bool):
     def skip():
       _pipeline.skip_slices(refs, config.num_stages, _k_iters(refs), step)
 
+    _walk.release_tile(refs, i)
     return step + _k_iters(refs)
 
   def store_zeros(i, tile: Tile, step):
-    del i
     _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
+    _walk.release_tile(refs, i)
     return step
 
   zero = jnp.int32(0)
-  i = _walk.for_each_tile(refs, compute_tile, zero, zero)
+  end = _walk.for_each_tile(refs, compute_tile, zero, zero)
+  _walk.release_tile(refs, end)
   _epilogue.stage(refs, [_pipeline.wgmma_zeros((WGMMA_M, config.tile_n))])
-  _walk.for_each_tile(refs, store_zeros, i, zero)
+  end = _walk.for_each_tile(refs, store_zeros, end + 1, zero)
+  _walk.release_tile(refs, end)
 
 
 def _accumulate_tile(refs: _Refs, config: Config, transposed: bool, step):

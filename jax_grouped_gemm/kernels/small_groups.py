@@ -107,20 +107,22 @@ def _compute_tiles(refs: _Refs, config: SmallGroupsConfig):
   """Computes the announced tiles, then stores the announced tiles of zeros."""
 
   def compute_tile(i, tile: Tile, step):
-    del i
     _stage(refs, _accumulate_tile(refs, config, tile, step))
     _store_rows(refs, config, tile)
+    _walk.release_tile(refs, i)
     return step + _k_iters(refs)
 
   def store_zeros(i, tile: Tile, step):
-    del i
     _store_rows(refs, config, tile)
+    _walk.release_tile(refs, i)
     return step
 
   zero = jnp.int32(0)
-  i = _walk.for_each_tile(refs, compute_tile, zero, zero)
+  end = _walk.for_each_tile(refs, compute_tile, zero, zero)
+  _walk.release_tile(refs, end)
   _stage(refs, _pipeline.wgmma_zeros((WGMMA_M, config.tile_m)))
-  _walk.for_each_tile(refs, store_zeros, i, zero)
+  end = _walk.for_each_tile(refs, store_zeros, end + 1, zero)
+  _walk.release_tile(refs, end)
 
 
 def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, tile, step):

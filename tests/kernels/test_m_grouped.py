@@ -85,13 +85,22 @@ def test_ragged_and_hostile_sizes(interpreter, config):
       check(gemm(*operands), *expected, label=sizes)
 
 
-@pytest.mark.parametrize("turns", [True, False])
-@pytest.mark.parametrize("k", [128, 256, 384, 512, 640])
-def test_every_number_of_slices(interpreter, k, turns):
-  """The main loop takes its slices in pairs."""
-  config = Config(tile_n=64, cluster=1, num_stages=4, turns=turns, num_sms=2)
+@pytest.mark.parametrize("late_store", [False, True])
+@pytest.mark.parametrize("turns", ["none", "slice", "tile"])
+@pytest.mark.parametrize("k", [128, 640])
+def test_every_order_of_the_warpgroups(interpreter, k, turns, late_store):
+  """Fewer slices than slots, and more."""
+  config = Config(
+    tile_n=64,
+    compute_wgs=3,
+    cluster=1,
+    num_stages=3,
+    turns=turns,
+    late_store=late_store,
+    num_sms=2,
+  )
   with interpreter():
-    run([9, 104], 113, 64, k, config)
+    run([9, 260, 0, 1], 300, 144, k, config)
 
 
 @pytest.mark.parametrize("config", [SMALL, SHARED_RHS])
