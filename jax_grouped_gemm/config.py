@@ -30,7 +30,7 @@ class Config:
       the products of one run while another promotes: "none", "slice": they
       promote in turns, "tile": they start a tile in turns.
     late_store: whether a tile is stored beneath the first products of the next,
-      not before them. M-grouped only.
+      not before them.
     cluster: CTAs, 1 or 2, that share what they load.
     multicast: what they share: "lhs", on neighbouring columns, or "rhs", on
       neighbouring rows, as far as those are of one group.

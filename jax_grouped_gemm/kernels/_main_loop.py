@@ -37,7 +37,7 @@ def start_products(refs, tile_n: int, slot):
 class _Slices(NamedTuple):
   """What a warpgroup does to one k slice of a tile after the other.
 
-  A carry is (slot, acc, products): the slice's products run when it is passed.
+  A carry is (slot, sums, products): the slice's products run when it is passed.
   """
 
   refs: Any
@@ -45,36 +45,46 @@ class _Slices(NamedTuple):
   turns: Any
   load_scales: Callable
   promote: Callable
+  settle: Callable
 
   def start(self, slot):
     return start_products(self.refs, self.config.tile_n, slot)
 
   def compute(self, ki, carry):
     """Starts the next slice as soon as this one has been promoted."""
-    slot, acc, products = carry
+    slot, sums, products = carry
     is_last_slot = slot == self.config.num_stages - 1
     next_slot = lax.select(is_last_slot, 0, slot + 1)
-    # First, so that no load slips in between the products' instructions.
+    sums, scales = self._prepare(ki, slot, sums)
     plgpu.barrier_wait(self.refs.full.at[next_slot])
-    acc = self._promote(ki, (slot, acc, products))
+    sums = self._promote(slot, sums, products, scales)
     products = self.start(next_slot)
     self.turns.end_slice()
-    return next_slot, acc, products
+    return next_slot, sums, products
 
   def compute_last(self, ki, carry):
-    acc = self._promote(ki, carry)
+    slot, sums, products = carry
+    sums, scales = self._prepare(ki, slot, sums)
+    sums = self._promote(slot, sums, products, scales)
     self.turns.end_slice()
-    return acc
+    return self.settle(sums)
 
-  def _promote(self, ki, carry):
-    slot, acc, products = carry
-    # Multiplied here, beneath the products.
-    scales = lax.optimization_barrier(self.load_scales(slot, ki))
+  def _prepare(self, ki, slot, sums):
+    """What can be done beneath the products.
+
+    The wait for the next slot, which follows, ends the basic block: ptxas moves
+    nothing of this behind it, where each instruction would delay the next
+    products.
+    """
+    sums, scales = self.settle(sums), self.load_scales(slot, ki)
+    return lax.optimization_barrier((sums, scales))
+
+  def _promote(self, slot, sums, products, scales):
     self.turns.start_slice()
     plgpu.wgmma_wait(0)
     products = lax.optimization_barrier(products)  # No use before the wait.
     plgpu.barrier_arrive(self.refs.empty.at[slot])
-    return lax.optimization_barrier(self.promote(acc, products, scales))
+    return lax.optimization_barrier(self.promote(sums, products, scales))
 
   def compute_all(self, k_iters, carry):
     """Not unrolled: in one body, the sums stay in their registers.
@@ -95,9 +105,13 @@ def accumulate(
   load_scales,
   promote,
   init,
+  settle=lambda sums: sums,
   beneath_first=lambda: None,
 ):
   """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
+
+  With `settle`, each promote() is followed by sums = settle(sums): what is left
+  of the promotion, to be done beneath the next products.
 
   The products are the warpgroup's (64, tile_n) of one k slice, whose scales
   load_scales(slot, ki) returns. While they run on the tensor cores, the next
@@ -110,7 +124,7 @@ def accumulate(
   """
   first_slot = lax.rem(step, config.num_stages)
   turns = Turns(refs.turn, config)
-  slices = _Slices(refs, config, turns, load_scales, promote)
+  slices = _Slices(refs, config, turns, load_scales, promote, settle)
   plgpu.barrier_wait(refs.full.at[first_slot])
   turns.start_tile()
   products = turns.end_first(slices.start(first_slot))
@@ -150,13 +164,13 @@ class Turns(NamedTuple):
 
   def start(self):
     """Gives the first warpgroup its first turn."""
-    if self.config.turns == "slice":
+    if self.config.turns != "none":
       last = self.config.compute_wgs - 1
       pl.when(lax.axis_index("wg") == last)(self._pass_on)
 
   def start_tile(self):
     if self.config.turns == "tile":
-      pl.when(lax.axis_index("wg") > 0)(self._wait)
+      self._wait()
 
   def end_first(self, products):
     """Returns the first products of a tile, which may still run."""
@@ -164,8 +178,7 @@ class Turns(NamedTuple):
       if products is not None:
         plgpu.wgmma_wait(0)
         products = lax.optimization_barrier(products)
-      last = self.config.compute_wgs - 1
-      pl.when(lax.axis_index("wg") < last)(self._pass_on)
+      self._pass_on()
     return products
 
   def start_slice(self):
@@ -178,7 +191,7 @@ class Turns(NamedTuple):
 
   def end(self):
     """Takes the turn that nobody needs any more."""
-    if self.config.turns == "slice":
+    if self.config.turns != "none":
       pl.when(lax.axis_index("wg") == 0)(self._wait)
 
   def _wait(self):

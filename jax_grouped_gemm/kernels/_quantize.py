@@ -3,18 +3,23 @@
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm
 from jaxlib.mlir.dialects import math as mlir_math
 
+from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.kernels._pipeline import num_sms
 from jax_grouped_gemm.kernels.reference import MIN_AMAX, next_power_of_two
 
 _E5M2_MAX, _E5M2_INF = 0x7B, 0x7C  # bits, without the sign.
+_ROW_BYTES = 128  # of a swizzled SMEM buffer.
 
 
 def for_each_tile(num_tiles: int, num_slots: int, load, quantize_tile):
@@ -95,30 +100,63 @@ def load_tile(ref, layout, interpret: bool):
   return load(ref)
 
 
-def load_transposed(ref, interpret: bool):
-  """Reads (128, rows) of SMEM that is not swizzled as (rows, 128).
+def load_transposed(ref, offset, interpret: bool):
+  """Reads rows [offset, offset + 128) of 16-bit SMEM (136, 64) as (64, 128).
 
-  In the layout of wgmma accumulators. TMA may start at any token so, but eight
-  threads at a time want one bank.
+  In the layout of wgmma accumulators; offset < 8. Mosaic transposes whole tiles
+  of 8 rows only: a load that starts amid one is spelt out here.
   """
   layout = plgpu.Layout.WGMMA
+  shape = ref.shape[1], SCALE_BLOCK
   if interpret:  # It cannot run what is inlined.
-    return plgpu.load(ref.T, layout=layout)
+    return plgpu.load(ref.at[pl.ds(offset, SCALE_BLOCK)].T, layout=layout)
+  swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(_ROW_BYTES)
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(),),
-    return_type=plgpu.ShapeDtypeStruct(
-      ref.shape[::-1], ref.dtype, layout=layout
-    ),
+    arg_types=(plgpu.RefType(swizzled), plgpu.Layout.WG_SPLAT),
+    return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
   )
-  def load(_, ref):
-    return mgpu.FragmentedArray.load_untiled(
-      utils.memref_transpose(ref, (1, 0)),
-      layout=layout.to_mgpu(),
-      optimized=False,
+  def load(_, ref, offset):
+    i32 = ir.IntegerType.get_signless(32)
+    const = lambda value: utils.c(value, i32)
+    div = lambda x, value: arith.divui(x, const(value))
+    rem = lambda x, value: arith.remui(x, const(value))
+    add, mul = arith.addi, lambda x, value: arith.muli(x, const(value))
+
+    # Each quarter of a warp addresses the rows of an 8x8 matrix: 8 of the
+    # warp's 16 columns, the others, and both again 8 rows further on.
+    thread = utils.thread_idx()
+    lane, warp = rem(thread, 32), rem(div(thread, 32), 4)
+    row = add(offset.registers.item(), rem(lane, 8))
+    row = add(row, mul(div(lane, 16), 8))
+    chunk = add(mul(warp, 2), rem(div(lane, 8), 2))  # 16 bytes: 8 columns.
+    swizzled_chunk = arith.xori(chunk, rem(row, 8))
+    first_byte = add(mul(row, _ROW_BYTES), mul(swizzled_chunk, 16))
+
+    vector = ir.VectorType.get((2,), ir.MemRefType(ref.type).element_type)
+    registers = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
+    matrices = registers.reshape(SCALE_BLOCK // 16, 4)  # A view.
+    for i in range(len(matrices)):
+      pointer = utils.getelementptr(
+        utils.memref_ptr(ref),
+        [add(first_byte, const(16 * _ROW_BYTES * i))],
+        ir.IntegerType.get_signless(8),
+      )
+      four = nvvm.ldmatrix(
+        pointer,
+        layout=nvvm.MMALayout.col,
+        num=4,
+        shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
+        elt_type=nvvm.LdStMatrixEltType.B16,
+      )
+      for j in range(4):
+        matrix = llvm.extractvalue(i32, four, [j])
+        matrices[i, j] = utils.bitcast(matrix, vector)
+    return mgpu.FragmentedArray(
+      _registers=registers, _layout=layout.to_mgpu(), _is_signed=None
     )
 
-  return load(ref)
+  return load(ref, offset)
 
 
 def finite_magnitude(x):

@@ -9,8 +9,8 @@ out (g, m, n) are row-major. A group without blocks gives zeros, or its
 accumulator.
 
 Warpgroups of one CTA, over num_stages slots of SMEM:
-  wg 0, …  _compute_tile | wait full  | wgmma, promote | arrive empty | store
-  last wg  _load_tile    | wait empty | TMA lhs, rhs, both scales -> full
+  wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | store
+  last wg  _load_tiles    | wait empty | TMA lhs, rhs, both scales -> full
 The CTAs of a cluster work on neighbouring columns of one row tile: each loads
 half of the lhs tile for both.
 """
@@ -32,6 +32,7 @@ from jax_grouped_gemm.config import (
   Config,
 )
 from jax_grouped_gemm.kernels import _epilogue, _k_tiles, _main_loop, _pipeline
+from jax_grouped_gemm.kernels._k_tiles import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 
@@ -61,11 +62,11 @@ def _k_iters(refs: _Refs, group):
   return refs.ends_gmem[group] - refs.starts_gmem[group]
 
 
-def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
+def _load_tile(refs: _Refs, config: Config, tile: Tile, step):
   """Loads the token blocks of one tile into consecutive slots."""
-  rows = pl.ds(mi * config.tile_m, config.tile_m)
-  cols = pl.ds(ni * config.tile_n, config.tile_n)
-  first_block = refs.starts_gmem[group]
+  rows = pl.ds(tile.mi * config.tile_m, config.tile_m)
+  cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
+  first_block = refs.starts_gmem[tile.group]
   shared = "cta" if config.cluster > 1 else None
 
   def load_slice(ki, slot):
@@ -81,13 +82,13 @@ def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
     rhs_scales = refs.rhs_scales_gmem.at[block, cols]
     copy(rhs_scales, refs.rhs_scales_smem.at[slot], full)
 
-  k_iters = _k_iters(refs, group)
+  k_iters = _k_iters(refs, tile.group)
   return _pipeline.load_slices(
     refs.empty, config.num_stages, k_iters, step, load_slice
   )
 
 
-def _accumulate_tile(refs: _Refs, config: Config, group, step):
+def _accumulate_tile(refs: _Refs, config: Config, tile, step, beneath_first):
   """Returns the warpgroup's (64, tile_n) sum over the group's blocks."""
   shape = (WGMMA_M, config.tile_n)
 
@@ -99,42 +100,48 @@ def _accumulate_tile(refs: _Refs, config: Config, group, step):
     )
     return lhs_scales, rhs_scales
 
-  def promote(acc, products, scales):
-    rows, cols = scales
+  def promote(sums, products, scales):
+    (acc, *_), (rows, cols) = sums, scales
     # The next products start after this multiplication, not after both.
-    products = products * lax.broadcast_in_dim(cols, shape, (1,))
-    return acc + products * lax.broadcast_in_dim(rows, shape, (0,))
+    return acc, products * lax.broadcast_in_dim(cols, shape, (1,)), rows
 
-  return _main_loop.accumulate(
+  def settle(sums):
+    acc, scaled, rows = sums
+    return acc + scaled * lax.broadcast_in_dim(rows, shape, (0,)), scaled, rows
+
+  zeros = _pipeline.wgmma_zeros(shape)
+  no_rows = plgpu.layout_cast(
+    jnp.zeros(WGMMA_M, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+  )
+  acc, *_ = _main_loop.accumulate(
     refs,
     config,
-    _k_iters(refs, group),
+    _k_iters(refs, tile.group),
     step,
     load_scales=load_scales,
     promote=promote,
-    init=_pipeline.wgmma_zeros(shape),
+    settle=settle,
+    init=(zeros, zeros, no_rows),
+    beneath_first=beneath_first,
   )
-
-
-def _compute_tile(refs: _Refs, config: Config, group, mi, ni, step):
-  """Computes one tile and stores it."""
-  k_iters = _k_iters(refs, group)
-  accumulate = functools.partial(_accumulate_tile, refs, config, group, step)
-  _k_tiles.store_tile(refs, config, group, mi, ni, k_iters, accumulate)
-  return step + k_iters
+  return acc
 
 
 def _compute_tiles(refs: _Refs, config: Config):
   turns = _main_loop.Turns(refs.turn, config)
   turns.start()
-  compute_tile = functools.partial(_compute_tile, refs, config)
-  _k_tiles.for_each_tile(refs, config, compute_tile)
+  _k_tiles.compute_tiles(
+    refs,
+    config,
+    functools.partial(_k_iters, refs),
+    functools.partial(_accumulate_tile, refs, config),
+  )
   turns.end()
 
 
 def _load_tiles(refs: _Refs, config: Config):
   load_tile = functools.partial(_load_tile, refs, config)
-  return _k_tiles.for_each_tile(refs, config, load_tile)
+  return _k_tiles.load_tiles(refs, config, load_tile)
 
 
 # ---------------------------------------------------------------- launch

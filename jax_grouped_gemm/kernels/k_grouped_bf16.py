@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int32
 
 from jax_grouped_gemm.config import ROW_ALIGN, WGMMA_M, Config
 from jax_grouped_gemm.kernels import _epilogue, _k_tiles, _pipeline
+from jax_grouped_gemm.kernels._k_tiles import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 SLICE_T = 64  # rows in a slot.
@@ -63,10 +64,10 @@ def _k_iters(refs: _Refs, group):
 # ---------------------------------------------------------------- load
 
 
-def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
+def _load_tile(refs: _Refs, config: Config, tile: Tile, step):
   """Loads the k slices of one tile into consecutive slots."""
-  first_row = _first_row(refs, group)
-  cols = pl.ds(ni * config.tile_n, config.tile_n)
+  first_row = _first_row(refs, tile.group)
+  cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
   shared = "cta" if config.cluster > 1 else None
 
   def load_slice(ki, slot):
@@ -75,29 +76,24 @@ def _load_tile(refs: _Refs, config: Config, group, mi, ni, step):
     copy = plgpu.copy_gmem_to_smem
     copy(refs.rhs_gmem.at[rows, cols], refs.rhs_smem.at[slot], full)
     for wg in range(config.compute_wgs):
-      features = pl.ds(mi * config.tile_m + wg * WGMMA_M, WGMMA_M)
+      features = pl.ds(tile.mi * config.tile_m + wg * WGMMA_M, WGMMA_M)
       lhs = refs.lhs_gmem.at[rows, features]
       copy(lhs, refs.lhs_smem.at[slot, wg], full, collective_axes=shared)
 
+  k_iters = _k_iters(refs, tile.group)
   return _pipeline.load_slices(
-    refs.empty, config.num_stages, _k_iters(refs, group), step, load_slice
+    refs.empty, config.num_stages, k_iters, step, load_slice
   )
 
 
 # ---------------------------------------------------------------- compute
 
 
-def _compute_tile(refs: _Refs, config: Config, group, mi, ni, step):
-  """Computes one tile and stores it."""
-  k_iters = _k_iters(refs, group)
-  accumulate = functools.partial(_accumulate_tile, refs, config, group, step)
-  _k_tiles.store_tile(refs, config, group, mi, ni, k_iters, accumulate)
-  return step + k_iters
-
-
-def _accumulate_tile(refs: _Refs, config: Config, group, step):
+def _accumulate_tile(refs: _Refs, config: Config, tile, step, beneath_first):
   """Returns the warpgroup's (64, tile_n) of out, in float32; k_iters >= 1."""
-  wg, k_iters = lax.axis_index("wg"), _k_iters(refs, group)
+  wg, group = lax.axis_index("wg"), tile.group
+  k_iters = _k_iters(refs, group)
+  beneath_first()  # Before: nothing may come between products in flight.
 
   def slot_of(ki):
     return lax.rem(step + ki, config.num_stages)
@@ -166,6 +162,20 @@ def _mask(refs: _Refs, group, ki, slot):
     plgpu.barrier_wait(refs.masked)
 
 
+def _compute_tiles(refs: _Refs, config: Config):
+  _k_tiles.compute_tiles(
+    refs,
+    config,
+    functools.partial(_k_iters, refs),
+    functools.partial(_accumulate_tile, refs, config),
+  )
+
+
+def _load_tiles(refs: _Refs, config: Config):
+  load_tile = functools.partial(_load_tile, refs, config)
+  return _k_tiles.load_tiles(refs, config, load_tile)
+
+
 # ---------------------------------------------------------------- launch
 
 
@@ -189,14 +199,9 @@ def k_grouped_bf16(
   # A staged row has 128 bytes and out has whole ones: other n cost a copy.
   slice_n = _epilogue.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
 
-  def for_each_tile(fn):
-    return lambda refs: _k_tiles.for_each_tile(
-      refs, config, functools.partial(fn, refs, config)
-    )
-
   out = _pipeline.launch(
-    for_each_tile(_load_tile),
-    for_each_tile(_compute_tile),
+    functools.partial(_load_tiles, config=config),
+    functools.partial(_compute_tiles, config=config),
     name="k_grouped_bf16_sm90",
     config=config,
     interpret=interpret,

@@ -27,7 +27,9 @@ from jax_grouped_gemm.kernels import _quantize
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 _WGS = 3  # warpgroups of a CTA.
-_SLOTS = 3  # tiles of each warpgroup on their way in, and on their way out.
+_SLOTS = 2  # tiles of each warpgroup on their way in, and on their way out.
+# TMA starts at whole 8 rows: up to 7 tokens before the block's come along.
+_ROWS = SCALE_BLOCK + ROW_ALIGN
 
 
 class _Refs(NamedTuple):
@@ -38,7 +40,7 @@ class _Refs(NamedTuple):
   size_gmem: Ref  # (blocks,) i32: its tokens
   values_gmem: Ref  # (f_stored, 128 * blocks) f8
   scales_gmem: Ref  # (blocks, f in whole tiles) f32
-  x_smem: Ref  # (wg, slots, 128, 64)
+  x_smem: Ref  # (wg, slots, 136, 64)
   values_smem: Ref  # (wg, slots, 64, 128) f8
   scales_smem: Ref  # (wg, slots, 64) f32
   full: Ref  # (wg * slots,)
@@ -58,9 +60,9 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
 
   def load(tile, slot):
     block, features = place(tile)
-    tokens = pl.ds(refs.first_gmem[block], SCALE_BLOCK)
+    first = lax.div(refs.first_gmem[block], ROW_ALIGN) * ROW_ALIGN
     plgpu.copy_gmem_to_smem(
-      refs.x_gmem.at[tokens, features],
+      refs.x_gmem.at[pl.ds(first, _ROWS), features],
       refs.x_smem.at[wg, slot],
       refs.full.at[wg * slots + slot],
     )
@@ -69,7 +71,8 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     block, features = place(tile)
     size = refs.size_gmem[block]
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
-    x = _quantize.load_transposed(refs.x_smem.at[wg, slot], interpret)
+    offset = lax.rem(refs.first_gmem[block], ROW_ALIGN)
+    x = _quantize.load_transposed(refs.x_smem.at[wg, slot], offset, interpret)
     token = plgpu.broadcasted_iota(
       jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA
     )
@@ -116,8 +119,9 @@ def quantize_tokens(
   A size is at most 128, and may be 0. f is a multiple of 16, f_stored one of 8.
   """
   t, f = x.shape
-  # Slices of an array are not larger than it.
-  missing = max(0, SCALE_BLOCK - t), max(0, WGMMA_M - f)
+  # TMA wants whole swizzled tiles, and slices of an array are not larger than
+  # it: a copy of x, unless its sizes are multiples of 8 and 64.
+  missing = max(-t % ROW_ALIGN, _ROWS - t), -f % WGMMA_M
   x = jnp.pad(x, [(0, count) for count in missing])
   f_stored = max(WGMMA_M, pl.cdiv(f, ROW_ALIGN) * ROW_ALIGN)
   blocks, tiles = first.shape[0], pl.cdiv(f, WGMMA_M)
@@ -132,7 +136,7 @@ def quantize_tokens(
       jax.ShapeDtypeStruct((blocks, tiles * WGMMA_M), jnp.float32),
     ),
     scratch_types=dict(
-      x_smem=plgpu.SMEM((*slots, SCALE_BLOCK, WGMMA_M), x.dtype),
+      x_smem=plgpu.SMEM((*slots, _ROWS, WGMMA_M), x.dtype),
       values_smem=plgpu.SMEM((*slots, WGMMA_M, SCALE_BLOCK), dtype),
       scales_smem=plgpu.SMEM((*slots, WGMMA_M), jnp.float32),
       full=plgpu.Barrier(num_barriers=_WGS * _SLOTS),

@@ -1,5 +1,6 @@
 """The K-grouped kernel itself, in the interpreter, races included."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -15,6 +16,7 @@ from jax_grouped_gemm.kernels.k_grouped import k_grouped_gemm
 pytestmark = pytest.mark.slow
 
 SMALL = Config(tile_n=64, cluster=1, num_stages=2, num_sms=2)
+SMALL_LATE = dataclasses.replace(SMALL, late_store=True, turns="tile")
 
 
 def jitted(**static):
@@ -27,18 +29,26 @@ def run(sizes, t, m, n, config, accumulator=False, dtype=jnp.float32):
   check(gemm(*operands), *expected)
 
 
+@pytest.mark.parametrize("late_store", [False, True])
 @pytest.mark.parametrize("accumulator", [False, True])
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("tile_n", [64, 128])
-def test_every_tile(interpreter, tile_n, cluster, accumulator):
-  config = Config(tile_n=tile_n, cluster=cluster, num_stages=3, num_sms=4)
+def test_every_tile(interpreter, tile_n, cluster, accumulator, late_store):
+  config = Config(
+    tile_n=tile_n,
+    cluster=cluster,
+    num_stages=3,
+    late_store=late_store,
+    num_sms=4,
+  )
   with interpreter():
     run([100, 0, 300], 400, 144, 2 * tile_n + 16, config, accumulator)
 
 
+@pytest.mark.parametrize("config", [SMALL, SMALL_LATE])
 @pytest.mark.parametrize("accumulator", [False, True])
-def test_every_pattern_of_empty_groups(interpreter, accumulator):
-  gemm = jitted(m=16, n=16, out_dtype=jnp.float32, config=SMALL)
+def test_every_pattern_of_empty_groups(interpreter, accumulator, config):
+  gemm = jitted(m=16, n=16, out_dtype=jnp.float32, config=config)
   for sizes in itertools.product([0, 3], repeat=3):
     operands, *expected = k_grouped(sizes, 11, 16, 16, accumulator)
     with interpreter():
@@ -62,7 +72,7 @@ def test_ragged_and_hostile_sizes(interpreter):
 
 
 def test_every_number_of_blocks(interpreter):
-  """The main loop takes its slices in pairs; sizes of 1 to 6 blocks."""
+  """Fewer than there are slots, as many, more."""
   with interpreter():
     sizes = [128 * blocks for blocks in range(1, 7)]
     run(sizes, sum(sizes), 16, 16, SMALL)
