@@ -41,7 +41,9 @@ class Masked:
     """Returns {implementation: function that returns (function, operands)}."""
     p, g = self.p, len(self.p.sizes)
     large = tuning.m_grouped_config(self.mean * g, p.n, p.k, g, _DTYPE)
-    small = tuning.small_groups_config(self.mean, p.n, g, _DTYPE, row_align=8)
+    small = tuning.small_groups_config(
+      self.mean, p.n, p.k, g, _DTYPE, row_align=8
+    )
     return {
       "ours": lambda: self._call(
         tuning.masked_config(self.mean, p.n, p.k, g, _DTYPE)
@@ -83,7 +85,7 @@ class Decode:
     """Returns {implementation: function that returns (function, operands)}."""
     p, m, g = self.p, sum(self.p.sizes), len(self.p.sizes)
     rows = -(-m // sum(size > 0 for size in p.sizes))
-    small = tuning.small_groups_config(rows, p.n, g, _DTYPE, row_align=1)
+    small = tuning.small_groups_config(rows, p.n, p.k, g, _DTYPE, row_align=1)
     return {
       "ours": lambda: self._call(small),
       "ours_m_grouped": lambda: self._call(

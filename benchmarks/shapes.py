@@ -97,6 +97,8 @@ _GROUPED = {
   "m_grouped": {
     "deepgemm": [(*g, *w) for g in _GROUPS for w in _M_WIDTHS],
     "small": [(*g, *w) for g in ((256, 128), (160, 96)) for w in _M_WIDTHS],
+    # Of "masked" below, for `tune`: the masked layout takes its configs too.
+    "masked": [(*g, *w) for g in ((32, 192), (6, 1024)) for w in _M_WIDTHS],
     "smoke": [(2, 40, 128, 256)],
   },
   "k_grouped": {

@@ -81,8 +81,7 @@ class Config:
     scales = self.tile_m + (self.tile_n if k is None else 0)
     slot = (self.tile_m + self.tile_n) * SCALE_BLOCK + scales * 4
     out = self.tile_m * self.tile_n * jnp.dtype(out_dtype).itemsize
-    tile_scales = -(-(k or 0) // (SCALE_BLOCK * SCALE_ALIGN)) * SCALE_ALIGN
-    tiles = TILE_SLOTS * 2 * tile_scales * 4
+    tiles = 2 * _tile_scales_bytes(k or 0)
     fixed = 5 * _SMEM_ALIGN + _BARRIER_BYTES
     return self.num_stages * slot + out + tiles + fixed
 
@@ -125,13 +124,19 @@ class SmallGroupsConfig:
     """Warpgroups of a CTA that multiply; one more loads."""
     return self.tile_n // WGMMA_M
 
-  def smem_bytes(self, out_dtype: DTypeLike, k: int | None = None) -> int:
-    """Upper bound of the shared memory of a CTA, in bytes, for any k."""
-    del k
+  def smem_bytes(self, out_dtype: DTypeLike, k: int) -> int:
+    """Upper bound of the shared memory of a CTA, in bytes."""
     scales = max(self.tile_m, SCALE_ALIGN)
     slot = (self.tile_m + self.tile_n) * SCALE_BLOCK + scales * 4
     out = self.tile_m * self.tile_n * jnp.dtype(out_dtype).itemsize
-    return self.num_stages * slot + out + 5 * _SMEM_ALIGN + _BARRIER_BYTES
+    fixed = 5 * _SMEM_ALIGN + _BARRIER_BYTES
+    return self.num_stages * slot + out + _tile_scales_bytes(k) + fixed
+
+
+def _tile_scales_bytes(k: int) -> int:
+  """Of the rhs scales of 128 columns and all of k, for TILE_SLOTS tiles."""
+  scales = -(-k // (SCALE_BLOCK * SCALE_ALIGN)) * SCALE_ALIGN
+  return TILE_SLOTS * scales * 4
 
 
 def _check_choices(config, **choices):

@@ -16,6 +16,14 @@ SLICE_N = 64  # columns that surely share one scale, for any tile_n.
 _MAX_BOX = 256  # elements along an axis that TMA loads at once.
 
 
+def pad(scales):
+  """Returns scales (g, n/128, k/128) as load() wants them.
+
+  TMA loads rows of whole 16 bytes.
+  """
+  return jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[2] % 4)))
+
+
 def scratch_types(scales_shape: tuple[int, int, int], config: Config):
   """The scratch that the functions below expect in refs.
 

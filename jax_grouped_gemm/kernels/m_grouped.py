@@ -221,9 +221,7 @@ def m_grouped_gemm(
     group_offset = jnp.zeros((1,), jnp.int32)
   # TMA reads the scales of a tile's rows as one line, of whole 16 bytes.
   lhs_scales = jnp.pad(lhs_scales, ((0, -m % ROW_ALIGN), (0, 0))).T
-  # TMA wants rows of whole 16 bytes.
-  k_blocks = rhs_scales.shape[2]
-  rhs_scales = jnp.pad(rhs_scales, ((0, 0), (0, 0), (0, -k_blocks % 4)))
+  rhs_scales = _rhs_scales.pad(rhs_scales)
   stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
   # A staged row has 128 bytes, so that TMA may start at any row, and out has
   # whole ones: other n cost a copy of out.

@@ -38,7 +38,12 @@ from jax_grouped_gemm.config import (
   WGMMA_M,
   SmallGroupsConfig,
 )
-from jax_grouped_gemm.kernels import _epilogue, _pipeline, _walk
+from jax_grouped_gemm.kernels import (
+  _epilogue,
+  _pipeline,
+  _rhs_scales,
+  _walk,
+)
 from jax_grouped_gemm.kernels._pipeline import Ref
 from jax_grouped_gemm.kernels._walk import Tile
 from jax_grouped_gemm.schedule import Masked
@@ -60,6 +65,8 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, tile_m, 64) as out
   full: Ref  # (stages,) 3 arrivals: lhs, rhs, lhs_scales
   empty: Ref  # (stages,) one arrival per compute warpgroup
+  rhs_scales_smem: Ref  # (TILE_SLOTS, 1, k/128) f32: see _rhs_scales
+  rhs_scales_full: Ref  # (TILE_SLOTS,)
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
@@ -82,7 +89,7 @@ def _load_tile(
   refs: _Refs, config: SmallGroupsConfig, i, tile: Tile, _, k_iters, step
 ):
   """Loads the k slices of the tile into consecutive slots."""
-  del i
+  pl.when(k_iters > 0)(lambda: _rhs_scales.load(refs, config, i, tile))
   rows = pl.ds(pl.multiple_of(tile.row, ROW_ALIGN), config.tile_m)
   cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
   scales_smem = refs.lhs_scales_smem.at[:, pl.ds(0, config.tile_m)]
@@ -107,7 +114,7 @@ def _compute_tiles(refs: _Refs, config: SmallGroupsConfig):
   """Computes the announced tiles, then stores the announced tiles of zeros."""
 
   def compute_tile(i, tile: Tile, step):
-    _stage(refs, _accumulate_tile(refs, config, tile, step))
+    _stage(refs, _accumulate_tile(refs, config, i, step))
     _store_rows(refs, config, tile)
     _walk.release_tile(refs, i)
     return step + _k_iters(refs)
@@ -125,15 +132,15 @@ def _compute_tiles(refs: _Refs, config: SmallGroupsConfig):
   _walk.release_tile(refs, end)
 
 
-def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, tile, step):
+def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
   """Returns the warpgroup's (64, tile_m) of out.T, in float32."""
   shape = (WGMMA_M, config.tile_m)
-  block = lax.div(tile.ni * config.tile_n, SCALE_BLOCK)
+  _rhs_scales.wait(refs, i)
+  ni = _walk.read_tile(refs, i).ni
 
   def add_slice(ki, acc):
     slot = lax.rem(step + ki, config.num_stages)
-    # Before the wait for the slice, which hides its latency.
-    rhs_scale = refs.rhs_scales_gmem[tile.group, block, ki]
+    rhs_scale, *_ = _rhs_scales.read(refs, config, i, ni, ki)
     plgpu.barrier_wait(refs.full.at[slot])
 
     def multiply(products):
@@ -210,6 +217,7 @@ def small_groups_gemm(
     group_offset = jnp.zeros((1,), jnp.int32)
   # TMA reads the scales of a tile's rows as one line, of whole 16 bytes.
   lhs_scales = jnp.pad(lhs_scales, ((0, -m % ROW_ALIGN), (0, 0))).T
+  rhs_scales = _rhs_scales.pad(rhs_scales)
   stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
   out = _pipeline.launch(
     functools.partial(_load_tiles, config=config, masked=masked),
@@ -230,6 +238,7 @@ def small_groups_gemm(
       out_smem=plgpu.SMEM((config.compute_wgs, tile_m, WGMMA_M), out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
+      **_rhs_scales.scratch_types(rhs_scales.shape, config),
       **_walk.queue_types(config),
     ),
   )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))

@@ -165,7 +165,7 @@ def most_stages(
 
 
 def small_groups_config(
-  rows: int, n: int, g: int, out_dtype: DTypeLike, row_align: int
+  rows: int, n: int, k: int, g: int, out_dtype: DTypeLike, row_align: int
 ) -> SmallGroupsConfig:
   """For g groups of about `rows` rows, each from a multiple of row_align on."""
   # TMA loads from a multiple of 8 on: rows before a group take part of a tile.
@@ -175,7 +175,7 @@ def small_groups_config(
   # With few tiles, the last ones leave processors idle.
   tile_n = 128 if tiles >= 4 * num_sms() else 64
   config = SmallGroupsConfig(tile_m=tile_m, tile_n=tile_n)
-  return most_stages(config, out_dtype, None, _MOST_SLOTS)
+  return most_stages(config, out_dtype, k, _MOST_SLOTS)
 
 
 def m_grouped_config(
@@ -186,7 +186,7 @@ def m_grouped_config(
   if measured:
     return measured
   if SMALL_GROUPS_BY_DEFAULT and m <= _SMALL_GROUP * g:
-    return small_groups_config(-(-m // g), n, g, out_dtype, 1)
+    return small_groups_config(-(-m // g), n, k, g, out_dtype, 1)
   configs = m_grouped_candidates(k, out_dtype)
   return min(configs, key=lambda c: m_grouped_us(c, m, n, k, g))
 
@@ -196,7 +196,7 @@ def masked_config(
 ) -> Config | SmallGroupsConfig:
   """For `rows` rows in each of g groups, which start at multiples of 8."""
   if rows <= _SMALL_GROUP:
-    return small_groups_config(rows, n, g, out_dtype, ROW_ALIGN)
+    return small_groups_config(rows, n, k, g, out_dtype, ROW_ALIGN)
   return m_grouped_config(rows * g, n, k, g, out_dtype)
 
 

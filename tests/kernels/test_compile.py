@@ -30,7 +30,7 @@ M_GROUPED = {
   if entry.kernel == "m_grouped"
 }
 SMALL_GROUPS = {
-  (tuning.small_groups_config(rows, n, 8, dtype, row_align=8), dtype)
+  (tuning.small_groups_config(rows, n, 2880, 8, dtype, row_align=8), dtype)
   for rows in (4, 8, 16, 64)
   for n in (128, 2**14)
   for dtype in DTYPES
@@ -92,7 +92,9 @@ def test_e5m2_rows(compile_and_report, kernel):
     config = tuning.m_grouped_config(4096, 528, 2880, 4, jnp.bfloat16)
     gemm = m_grouped_gemm
   else:
-    config = tuning.small_groups_config(16, 528, 8, jnp.bfloat16, row_align=8)
+    config = tuning.small_groups_config(
+      16, 528, 2880, 8, jnp.bfloat16, row_align=8
+    )
     gemm = small_groups_gemm
   gemm = functools.partial(
     gemm, m=4096, n=528, out_dtype=jnp.bfloat16, config=config
@@ -102,7 +104,7 @@ def test_e5m2_rows(compile_and_report, kernel):
 
 @pytest.mark.parametrize("config, dtype", sorted(SMALL_GROUPS, key=str))
 def test_small_groups_configs(compile_and_report, config, dtype):
-  assert config.smem_bytes(dtype) <= SMEM_BYTES
+  assert config.smem_bytes(dtype, 2880) <= SMEM_BYTES
   gemm = functools.partial(
     small_groups_gemm, m=4096, n=528, out_dtype=dtype, config=config
   )
