@@ -304,9 +304,7 @@ def test_shard_map_of_tokens(recipe, through):
     in_specs=(P("x"), P(), P("x")),
     out_specs=(P("x"), P("x"), P()),
   )
-  out, dlhs, drhs = jax.jit(through(sharded))(
-    lhs.reshape(-1, K), rhs[0], sizes
-  )
+  out, dlhs, drhs = jax.jit(through(sharded))(lhs.reshape(-1, K), rhs[0], sizes)
   shards = [run(lhs[i], rhs[0], sizes[i]) for i in range(BATCH)]
   equal(out, jnp.concatenate([shard[0] for shard in shards]))
   equal(dlhs, jnp.concatenate([shard[1] for shard in shards]))
