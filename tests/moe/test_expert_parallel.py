@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from unquantized_paths import by_lax_ragged_dot
 
 from jax_grouped_gemm import Recipe, moe, quantize
 from jax_grouped_gemm.moe.expert_parallel import _fit
+from jax_grouped_gemm.moe.permutation import dispatch_quantized
 
 D, F, E, K = 32, 16, 16, 2
 T = 64  # of all devices
@@ -118,6 +121,112 @@ def test_fp8_forward_is_that_of_one_device():
   # Few elements are quantised to the next FP8 value, if any.
   error = np.linalg.norm(result.out - expected.out)
   assert error <= 1e-3 * np.linalg.norm(expected.out)
+
+
+@functools.cache
+def with_payload(payload, **options):
+  return value_and_gradients(
+    sharded((4, 2), Recipe(), payload=payload, **options)
+  )
+
+
+def test_quantised_tokens_give_the_same_bits():
+  """Whether they are quantised before they travel or after."""
+  fp8, unquantised = (
+    with_payload(payload)(PARAMS, X) for payload in ("fp8", "bf16")
+  )
+  np.testing.assert_array_equal(fp8[1].out, unquantised[1].out)
+  # The gradient of gate_up alone is made from what arrived.
+  for name, got in fp8[0][0]._asdict().items():
+    want = getattr(unquantised[0][0], name)
+    if name == "gate_up":
+      assert np.linalg.norm(got - want) > 0
+      assert np.linalg.norm(got - want) < 2**-4 * np.linalg.norm(want)
+    else:
+      np.testing.assert_array_equal(got, want)
+  np.testing.assert_array_equal(fp8[0][1], unquantised[0][1])
+
+
+def quantised_on_one_device(params, x):
+  """The layer of tokens that are quantised as they are for a journey."""
+  logits = x @ params.router + params.router_bias
+  routing = moe.route_top_k(logits, K, expert_bias=params.expert_bias)
+  rows, permutation = moe.dispatch(x, routing.experts, E)
+  quantized = dispatch_quantized(quantize(x, (1, 128)), permutation)
+  # Their values, and the gradient of the rows.
+  rows = rows - lax.stop_gradient(rows) + quantized.dequantize()
+  out = moe.grouped_mlp(
+    rows,
+    params.gate_up,
+    params.down,
+    permutation.group_sizes,
+    gate_up_bias=params.gate_up_bias,
+    down_bias=params.down_bias,
+    quantized_x=quantized,
+  )
+  return moe.MoeOutput(
+    moe.combine(out, routing.weights, permutation),
+    routing.load_balancing_loss,
+    routing.z_loss,
+    permutation.group_sizes,
+    jnp.zeros((), jnp.int32),
+  )
+
+
+def test_gradients_of_quantised_tokens_are_those_of_one_device():
+  grads, result = with_payload("fp8")(PARAMS, X)
+  expected_grads, expected = value_and_gradients(quantised_on_one_device)(
+    PARAMS, X
+  )
+
+  def near(got, want):
+    # Few elements are quantised to the next FP8 value, if any.
+    assert np.linalg.norm(got - want) <= 1e-3 * np.linalg.norm(want)
+
+  jax.tree.map(near, (grads, result), (expected_grads, expected))
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), BF16], ids=["fp8", "bf16"])
+def test_with_the_products_of_gpus(recipe):
+  """What is not quantised by jax.lax.ragged_dot, shard_map's checks on."""
+  options = dict(exchange="dense")
+  expected = value_and_gradients(sharded((4, 2), recipe, **options))(PARAMS, X)
+  with by_lax_ragged_dot():
+    got = value_and_gradients(sharded((4, 2), recipe, **options))(PARAMS, X)
+  jax.tree.map(close, got, expected)
+
+
+# ---------------------------------------------------------------- chunks
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("chunks", [2, 3])  # of 8 tokens
+def test_chunks_change_nothing(chunks, routing):
+  params = PARAMS._replace(expert_bias=ROUTINGS[routing])
+  run = value_and_gradients(sharded((4, 2), chunks=chunks))
+  grads, result = run(params, X)
+  expected_grads, expected = on_devices((4, 2))(params, X)
+  jax.tree.map(close, (grads, result), (expected_grads, expected))
+
+
+def test_chunks_of_quantised_tokens():
+  grads, result = with_payload("fp8", chunks=2)(PARAMS, X)
+  expected_grads, expected = with_payload("fp8")(PARAMS, X)
+  np.testing.assert_array_equal(result.out, expected.out)
+  np.testing.assert_array_equal(grads[1], expected_grads[1])
+  for name, got in grads[0]._asdict().items():
+    # Those of the weights are made from tokens in other scale blocks.
+    want = getattr(expected_grads[0], name)
+    assert np.linalg.norm(got - want) <= 2**-4 * np.linalg.norm(want)
+
+
+def test_chunks_share_the_capacity():
+  params = PARAMS._replace(expert_bias=ROUTINGS["one device"])
+  run = jax.jit(sharded((8, 1), chunks=2, capacity=20))
+  result = run(params, X)
+  # One device takes in 10 rows of each chunk, of 128 rows in all.
+  assert result.dropped == 2 * T - 20
+  assert ((np.asarray(result.out) != 0).any(axis=1)).sum() <= 20
 
 
 def test_serving():
@@ -269,8 +378,9 @@ def emulated_ragged_all_to_all(
   return output
 
 
-def test_ragged_exchange_is_the_dense_one(monkeypatch):
-  options = dict(capacity=20)  # Not all is sent.
+@pytest.mark.parametrize("recipe", [Recipe(), BF16], ids=["fp8", "bf16"])
+def test_ragged_exchange_is_the_dense_one(recipe, monkeypatch):
+  options = dict(recipe=recipe, capacity=20)  # Not all is sent.
   dense_grads, dense = value_and_gradients(sharded((4, 2), **options))(
     PARAMS, X
   )
@@ -306,17 +416,28 @@ def test_ragged_exchange_compiles_for_four_gpus():
   loss = lambda params, x: run(params, x).out.astype(jnp.float32).sum()
   traced = jax.jit(jax.grad(loss, (0, 1))).trace(*specs)
   compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-  exchanges = re.findall(r"ragged-all-to-all(?:-start)?\(", compiled.as_text())
-  assert len(exchanges) == 4
+  text = compiled.as_text()
+  exchanges = re.findall(r"ragged-all-to-all(?:-start)?\(", text)
+  assert len(exchanges) == 5
+  # Though each of the chunks multiplies them.
+  weights = re.findall(r"= \S+ custom-call\([^\n]*_quantize_weights", text)
+  assert len(weights) == 2
 
 
-def test_ragged_exchange_lowers_for_gpus():
-  run = sharded((4, 2), Recipe(), exchange="ragged")
+@pytest.mark.parametrize("payload", ["fp8", "bf16"])
+def test_ragged_exchange_lowers_for_gpus(payload):
+  run = sharded((4, 2), Recipe(), exchange="ragged", payload=payload)
   loss = lambda params, x: run(params, x).out.sum()
   traced = jax.jit(jax.grad(loss, (0, 1))).trace(PARAMS, X)
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  # There and back, forward and backward.
-  assert len(re.findall(r"custom_call @ragged_all_to_all", text)) == 4
+  exchanged = re.findall(
+    r"custom_call @ragged_all_to_all.*: \(tensor<\d+x(\w+)>", text
+  )
+  # There and back, forward and backward: values of 128 columns and a scale, or
+  # rows.
+  rows = f"{D}xf32"
+  there = ["128xui8", "1xf32"] if payload == "fp8" else [rows]
+  assert sorted(exchanged) == sorted([*there, rows, rows, rows])
 
 
 # ---------------------------------------------------------------- errors
@@ -328,6 +449,16 @@ def test_ragged_exchange_lowers_for_gpus():
     (lambda: moe.ExpertParallel("x", ("x",)), "must not hold axis_name 'x'"),
     (lambda: moe.ExpertParallel("x", capacity=0), "got 0"),
     (lambda: moe.ExpertParallel("x", exchange="sparse"), "'sparse'"),
+    (lambda: moe.ExpertParallel("x", payload="int8"), "'bf16'.*'int8'"),
+    (lambda: moe.ExpertParallel("x", chunks=0), "chunks.*positive.*got 0"),
+    (
+      lambda: jax.eval_shape(sharded((4, 2), chunks=9), PARAMS, X),
+      "at most the 8 tokens of a device, got 9",
+    ),
+    (
+      lambda: jax.eval_shape(sharded((4, 2), payload="fp8"), PARAMS, X),
+      "forward is 'fp8'",
+    ),
     (
       lambda: jax.eval_shape(
         sharded((4, 2), params=SPECS._replace(gate_up=P(), down=P())), PARAMS, X
