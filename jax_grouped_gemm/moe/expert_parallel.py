@@ -183,7 +183,8 @@ class ExpertParallel:
     if quantize is None:
       received = exchange.send(call, rows, plan)
     else:
-      quantized = dispatch_quantized(quantize(x), permutation)
+      tokens = quantize(lax.stop_gradient(x))  # rows have the gradient.
+      quantized = dispatch_quantized(tokens, permutation)
       received, quantized = exchange.send_quantized(
         call, *vary_alike(rows, quantized, plan)
       )
