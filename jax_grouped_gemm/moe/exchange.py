@@ -18,6 +18,9 @@ from jaxtyping import Array, Float, Int32
 from jax_grouped_gemm.manual_axes import zeros
 from jax_grouped_gemm.scaled_array import ScaledArray
 
+# A share of the capacity, rounded in float32, must not exceed it.
+_ROUNDING_MARGIN = 1 - 2.0**-20
+
 
 class Plan(NamedTuple):
   """Slices of rows, one per sender s, receiver r and expert l of the receiver.
@@ -28,6 +31,35 @@ class Plan(NamedTuple):
   kept: Int32[Array, "s r l"]  # rows that are exchanged.
   sent_from: Int32[Array, "s r l"]  # first row of the slice, at the sender.
   received_at: Int32[Array, "s r l"]  # the same, at the receiver.
+
+
+def make_plan(sizes: Int32[Array, "s r l"], capacity: int) -> Plan:
+  """Plans to exchange as many of the rows as each receiver has room for."""
+  s, r, l = sizes.shape
+  flat = sizes.reshape(s, r * l)
+  sent_from = (jnp.cumsum(flat, axis=1) - flat).reshape(sizes.shape)
+  # A receiver has its rows by expert, then by sender.
+  arriving = sizes.transpose(1, 2, 0).reshape(r, l * s)
+  kept = _fit(arriving, capacity)
+  received_at = jnp.cumsum(kept, axis=1) - kept
+
+  def sender_first(x):
+    return x.reshape(r, l, s).transpose(2, 0, 1)
+
+  return Plan(sender_first(kept), sent_from, sender_first(received_at))
+
+
+def _fit(sizes: Int32[Array, "r n"], capacity: int) -> Int32[Array, "r n"]:
+  """Cuts the sizes of each row so that they add up to at most the capacity.
+
+  In proportion: all up to any of them keep that share of their sum, rounded.
+  """
+  ends = jnp.cumsum(sizes, axis=1)
+  total = ends[:, -1:]
+  share = capacity * _ROUNDING_MARGIN / jnp.maximum(total, 1)
+  kept_ends = jnp.floor(ends * share).astype(jnp.int32)
+  kept = jnp.diff(kept_ends, axis=1, prepend=0)
+  return jnp.where(total > capacity, jnp.minimum(kept, sizes), sizes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,14 @@ from jaxtyping import Array, Float, Int32
 from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.config import ROW_ALIGN
 from jax_grouped_gemm.manual_axes import vary_alike
-from jax_grouped_gemm.moe import exchange
+from jax_grouped_gemm.moe.exchange import (
+  Call,
+  Plan,
+  make_plan,
+  send,
+  send_back,
+  send_quantized,
+)
 from jax_grouped_gemm.moe.permutation import (
   combine,
   dispatch,
@@ -28,8 +35,6 @@ from jax_grouped_gemm.scaled_array import ScaledArray
 
 _EXCHANGES = ("ragged", "dense")
 _PAYLOADS = ("fp8", "bf16")
-# A share of the capacity, rounded in float32, must not exceed it.
-_ROUNDING_MARGIN = 1 - 2.0**-20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,44 +161,60 @@ class ExpertParallel:
       lax.psum(sum(dropped), self.token_axes),
     )
 
-  def _run_chunk(self, experts, x, chosen, weights, num_local: int, quantize):
-    """run of some tokens; sizes and dropped rows are those of this device."""
+  def plan(
+    self,
+    group_sizes: Int32[Array, "e"],
+    tokens: int,
+    top_k: int,
+    num_local: int,
+  ) -> tuple[Call, Plan]:
+    """Returns how the copies of one chunk's tokens are exchanged.
+
+    Args:
+      group_sizes: of all experts, copies of this device's tokens.
+      tokens: of this device.
+      top_k: copies of each.
+      num_local: experts of a device.
+    """
     num_devices = lax.axis_size(self.axis_name)
-    rows, permutation = dispatch(x, chosen, num_devices * num_local)
-    group_sizes = permutation.group_sizes
     # Copies of a token go to different experts.
-    pair_bound = x.shape[0] * min(chosen.shape[1], num_local)
+    pair_bound = tokens * min(top_k, num_local)
     capacity = num_devices * pair_bound
     if self.capacity is not None:
       capacity = -(-self.capacity // self.chunks)
-    all_sizes = lax.all_gather(group_sizes, self.axis_name)
-    plan = _make_plan(
-      all_sizes.reshape(num_devices, num_devices, num_local), capacity
-    )
-    rows, plan = vary_alike(rows, plan)
-    call = exchange.Call(
+    sizes = lax.all_gather(group_sizes, self.axis_name)
+    sizes = sizes.reshape(num_devices, num_devices, num_local)
+    call = Call(
       self.axis_name,
       self.exchange or _default_exchange(),
-      num_rows=rows.shape[0],
+      num_rows=tokens * top_k,
       # So many rows the kernels read without a copy.
       capacity=capacity + -capacity % ROW_ALIGN,
       pair_bound=pair_bound,
     )
+    return call, make_plan(sizes, capacity)
+
+  def _run_chunk(self, experts, x, chosen, weights, num_local: int, quantize):
+    """run of some tokens; sizes and dropped rows are those of this device."""
+    num_experts = num_local * lax.axis_size(self.axis_name)
+    rows, permutation = dispatch(x, chosen, num_experts)
+    group_sizes = permutation.group_sizes
+    call, plan = self.plan(group_sizes, *chosen.shape, num_local)
+    rows, plan = vary_alike(rows, plan)
     quantized = None
     if quantize is None:
-      received = exchange.send(call, rows, plan)
+      received = send(call, rows, plan)
     else:
       tokens = quantize(lax.stop_gradient(x))  # rows have the gradient.
       quantized = dispatch_quantized(tokens, permutation)
-      received, quantized = exchange.send_quantized(
+      received, quantized = send_quantized(
         call, *vary_alike(rows, quantized, plan)
       )
-    kept = plan.kept
     me = lax.axis_index(self.axis_name)
-    out = experts(received, kept[:, me].sum(axis=0), quantized)
-    out = exchange.send_back(call, out, plan)
+    out = experts(received, plan.kept[:, me].sum(axis=0), quantized)
+    out = send_back(call, out, plan)
     out = combine(out, weights, permutation, x.dtype)
-    return out, group_sizes, jnp.sum(group_sizes) - jnp.sum(kept[me])
+    return out, group_sizes, jnp.sum(group_sizes) - jnp.sum(plan.kept[me])
 
 
 def _default_exchange() -> str:
@@ -204,34 +225,3 @@ def _default_exchange() -> str:
 def _check_positive(name: str, value, what: str = ""):
   if not (isinstance(value, int) and value > 0):
     raise ValueError(f"{name} must be a positive number{what}, got {value!r}")
-
-
-# ---------------------------------------------------------------- plan
-
-
-def _make_plan(sizes: Int32[Array, "s r l"], capacity: int) -> exchange.Plan:
-  s, r, l = sizes.shape
-  flat = sizes.reshape(s, r * l)
-  sent_from = (jnp.cumsum(flat, axis=1) - flat).reshape(sizes.shape)
-  # A receiver has its rows by expert, then by sender.
-  arriving = sizes.transpose(1, 2, 0).reshape(r, l * s)
-  kept = _fit(arriving, capacity)
-  received_at = jnp.cumsum(kept, axis=1) - kept
-
-  def sender_first(x):
-    return x.reshape(r, l, s).transpose(2, 0, 1)
-
-  return exchange.Plan(sender_first(kept), sent_from, sender_first(received_at))
-
-
-def _fit(sizes: Int32[Array, "r n"], capacity: int) -> Int32[Array, "r n"]:
-  """Cuts the sizes of each row so that they add up to at most the capacity.
-
-  In proportion: all up to any of them keep that share of their sum, rounded.
-  """
-  ends = jnp.cumsum(sizes, axis=1)
-  total = ends[:, -1:]
-  share = capacity * _ROUNDING_MARGIN / jnp.maximum(total, 1)
-  kept_ends = jnp.floor(ends * share).astype(jnp.int32)
-  kept = jnp.diff(kept_ends, axis=1, prepend=0)
-  return jnp.where(total > capacity, jnp.minimum(kept, sizes), sizes)

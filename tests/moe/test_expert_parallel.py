@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from unquantized_paths import by_lax_ragged_dot
 
 from jax_grouped_gemm import Recipe, moe, quantize
-from jax_grouped_gemm.moe.expert_parallel import _fit
+from jax_grouped_gemm.moe.exchange import _fit
 from jax_grouped_gemm.moe.permutation import dispatch_quantized
 
 D, F, E, K = 32, 16, 16, 2
