@@ -97,7 +97,12 @@ def _measure(problem: Problem, impl_name: str, iterations: int) -> dict:
   if impl_name == "lax_ragged_dot":
     iterations = min(iterations, _DENSE_ITERATIONS)
   fn = function(problem, impl, mesh, capacity)
-  compiled = jax.jit(fn).lower(x, dout, params).compile()
+  on_gpu = jax.default_backend() == "gpu"
+  compiled = (
+    jax.jit(fn)
+    .lower(x, dout, params)
+    .compile(compiler_options=impl.compiler_options if on_gpu else None)
+  )
   row |= _verify(problem, impl, compiled(x, dout, params), want, step)
   us = measure_queued_us(compiled, x, dout, params, iterations=iterations)
   memory = compiled.memory_analysis()

@@ -427,6 +427,59 @@ def test_ragged_exchange_compiles_for_four_gpus():
   assert len(weights) == 2
 
 
+@pytest.mark.slow
+def test_a_chunk_travels_while_another_is_multiplied():
+  """As XLA's latency-hiding scheduler orders it for two GPUs."""
+  gpus = Mesh(np.array(hopper.devices(2)), ("expert",))
+  d, f, tokens = 1024, 768, 4096
+  parallel = moe.ExpertParallel("expert", exchange="ragged", chunks=2)
+  specs = moe.MoeParams(P(), P("expert"), P("expert"))
+  run = jax.shard_map(
+    lambda params, x: (
+      moe.moe_layer(
+        x, params, K, parallel=parallel, implementation="mosaic_gpu"
+      ).out
+    ),
+    mesh=gpus,
+    in_specs=(specs, P("expert")),
+    out_specs=P("expert"),
+  )
+  args = [
+    jax.ShapeDtypeStruct(
+      shape, jnp.bfloat16, sharding=NamedSharding(gpus, spec)
+    )
+    for shape, spec in (
+      ((d, E), P()),
+      ((E, d, 2 * f), P("expert")),
+      ((E, f, d), P("expert")),
+      ((tokens, d), P("expert")),
+    )
+  ]
+  traced = jax.jit(run).trace(moe.MoeParams(*args[:3]), args[3])
+  compiled = traced.lower(lowering_platforms=("cuda",)).compile(
+    compiler_options={"xla_gpu_enable_latency_hiding_scheduler": True}
+  )
+  text = compiled.as_text()
+  schedule = text[text.index("ENTRY") :]
+  rows = 2 * (tokens // 2 // 2) * K  # that a chunk brings a device at most.
+
+  def first(pattern):
+    return [m.start() for m in re.finditer(pattern, schedule)]
+
+  products = first(rf"= bf16\[{rows},{2 * f}\]\S* custom-call")
+  products += first(rf"= bf16\[{rows},{d}\]\S* custom-call")
+  assert len(products) == 4
+  for kind in ("u8", "bf16"):  # There, and back.
+    beside = 0
+    for name in re.findall(
+      rf"%(ragged-all-to-all-start\S*) = \(\({kind}", schedule
+    ):
+      start = schedule.index(f"%{name} = ")
+      done = first(rf"ragged-all-to-all-done\(%{re.escape(name)}\)")[0]
+      beside += any(start < product < done for product in products)
+    assert beside == 1
+
+
 @pytest.mark.parametrize("payload", ["fp8", "bf16"])
 def test_ragged_exchange_lowers_for_gpus(payload):
   run = sharded((4, 2), Recipe(), exchange="ragged", payload=payload)
