@@ -2,6 +2,7 @@
 
 python -m benchmarks run m_grouped --shapes deepgemm --groups ragged --peers all
 python -m benchmarks run moe_layer --shapes forward decode --peers all
+python -m benchmarks run expert_parallel --shapes forward --devices 1 8
 python -m benchmarks tune --shapes models --table mine.json
 python -m benchmarks plot benchmarks/results/m_grouped-h200.json
 """
@@ -14,10 +15,22 @@ from pathlib import Path
 # Before jax starts: the peers' process needs memory too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from benchmarks import moe_layer, shapes, torch_peers
+from benchmarks import (
+  expert_parallel,
+  expert_parallel_plot,
+  moe_layer,
+  shapes,
+  torch_peers,
+)
 from benchmarks.plot import plot
 from benchmarks.run import run
 
+# Those of whole layers have a command line of their own behind this one.
+_LAYERS = {"moe_layer": moe_layer.main, "expert_parallel": expert_parallel.main}
+_PLOTS = {
+  "moe_layer": moe_layer.plot,
+  "expert_parallel": expert_parallel_plot.plot,
+}
 _BENCHMARKS = (
   "m_grouped",
   "k_grouped",
@@ -62,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   commands = parser.add_subparsers(required=True, dest="do")
   command = commands.add_parser("run", help="check, time and write a JSON")
-  command.add_argument("benchmark", choices=(*_BENCHMARKS, "moe_layer"))
+  command.add_argument("benchmark", choices=(*_BENCHMARKS, *_LAYERS))
   command.add_argument("--shapes", nargs="+", default=["deepgemm"])
   command.add_argument(
     "--groups", nargs="+", choices=shapes.GROUPS, default=["ragged"]
@@ -72,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
   command.add_argument("--iterations", type=int, default=20)
   command.add_argument("--json", type=Path, help="default: in results/")
   command.add_argument("--jobs", type=int, default=1, help="that compile")
+  command.add_argument(
+    "--devices", nargs="+", type=int, help="of expert_parallel; default: all"
+  )
   command = commands.add_parser("tune", help="find the fastest configs")
   command.add_argument("--shapes", nargs="+", default=["deepgemm"])
   command.add_argument(
@@ -89,11 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--commit", help="what runs, where git cannot tell")
   args = parser.parse_args(argv)
   if args.do == "plot":
-    is_layer = args.json.name.startswith("moe_layer")
-    draw = moe_layer.plot if is_layer else plot
+    draw = _PLOTS.get(args.json.name.partition("-")[0], plot)
     return draw(args.json, args.png or args.json.with_suffix(".png"))
-  if args.do == "run" and args.benchmark == "moe_layer":
-    return moe_layer.main(args, argv)
+  if args.do == "run" and args.benchmark in _LAYERS:
+    return _LAYERS[args.benchmark](args, argv)
   if args.do == "tune":
     args.benchmark = "m_grouped"
   names = _shapes(args.benchmark)

@@ -10,6 +10,7 @@ of fixed random weights, does.
       where jax.distributed knows the cluster (Slurm, Open MPI, Kubernetes)
   python examples/expert_parallel.py --coordinator HOST:PORT \\
       --num-processes N --process-id I                  # the same anywhere
+      --local-devices I           # and of a process for each GPU of one host
 """
 
 import argparse
@@ -48,14 +49,20 @@ def init(key: jax.Array) -> MoeParams:
   )
 
 
-def make_layer(mesh: jax.sharding.Mesh, args, recipe: Recipe):
+def make_layer(mesh: jax.sharding.Mesh, args, recipe: Recipe, payload=None):
   """Returns layer(params, x) on all devices of the mesh."""
   capacity = None
   if args.capacity_factor is not None:
     # Times the rows that a device takes in when all take in as many.
     mean = args.tokens // mesh.size * TOP_K
     capacity = max(1, round(args.capacity_factor * mean))
-  parallel = ExpertParallel("expert", ("data",), capacity=capacity)
+  parallel = ExpertParallel(
+    "expert",
+    ("data",),
+    capacity=capacity,
+    payload=payload,
+    chunks=args.chunks,
+  )
 
   def layer(params, x):  # One device's parameters and tokens.
     result = moe_layer(x, params, TOP_K, recipe=recipe, parallel=parallel)
@@ -68,7 +75,7 @@ def make_layer(mesh: jax.sharding.Mesh, args, recipe: Recipe):
 
 def make_step(mesh: jax.sharding.Mesh, args):
   """Returns step(state, teacher, key) -> (state, (error, balance, dropped))."""
-  layer = make_layer(mesh, args, Recipe())
+  layer = make_layer(mesh, args, Recipe(), args.payload)
   teach = make_layer(mesh, args, Recipe.bf16())
 
   def loss(params, teacher, x):
@@ -106,12 +113,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     help="rows that a device takes in, times the mean; default: all",
   )
   parser.add_argument(
+    "--payload",
+    choices=("fp8", "bf16"),
+    default="fp8",
+    help="what travels: tokens that are quantised, or as they are",
+  )
+  parser.add_argument(
+    "--chunks",
+    type=int,
+    default=1,
+    help="parts of a device's tokens; one can travel while another is computed",
+  )
+  parser.add_argument(
     "--simulate", type=int, default=8, help="CPU devices, without a GPU"
   )
   parser.add_argument("--distributed", action="store_true")
   parser.add_argument("--coordinator", metavar="HOST:PORT")
   parser.add_argument("--num-processes", type=int)
   parser.add_argument("--process-id", type=int)
+  parser.add_argument("--local-devices", type=int, nargs="+", metavar="I")
   return parser.parse_args(arguments)
 
 
@@ -122,10 +142,18 @@ def start(args: argparse.Namespace) -> jax.sharding.Mesh:
     jax.config.update("jax_num_cpu_devices", args.simulate)
   if args.distributed or args.coordinator:
     jax.distributed.initialize(
-      args.coordinator, args.num_processes, args.process_id
+      args.coordinator,
+      args.num_processes,
+      args.process_id,
+      local_device_ids=args.local_devices,
     )
   count = jax.device_count()
   expert_axis = args.expert_axis or count
+  if args.chunks not in range(1, args.tokens // count + 1):
+    raise SystemExit(
+      f"expert_parallel.py: --chunks {args.chunks} must be from 1 to the "
+      f"{args.tokens // count} tokens of a device"
+    )
   if count % expert_axis or EXPERTS % expert_axis or args.tokens % count:
     raise SystemExit(
       f"expert_parallel.py: --expert-axis {expert_axis} must divide {count} "

@@ -112,6 +112,19 @@ def check_scaled(name, x, axes, block_shape) -> ScaledArray:
   return x
 
 
+def check_quantized_lhs(name: str, quantized, shape) -> ScaledArray | None:
+  """Returns it with jax arrays, once it can be a copy of `shape` (m, k).
+
+  What it holds is not compared.
+  """
+  if quantized is None:
+    return None
+  quantized = check_scaled(name, quantized, ("m", "k"), (1, SCALE_BLOCK))
+  if quantized.shape != shape:
+    raise ValueError(f"{name} must be (m, k) = {shape}, got {quantized.shape}")
+  return quantized
+
+
 def check_accumulator(accumulator, shape):
   """Returns it as an array, once it is known to be float32 of `shape`."""
   if accumulator is None:

@@ -86,6 +86,20 @@ def where_supported(
   return implementation if unsupported is None else "xla"
 
 
+def quantize_rows(
+  x: Float[Array, "m k"], *, implementation: str | None, **options
+) -> ScaledArray:
+  """quantize of lhs of m_grouped_gemm, by XLA where the kernels cannot."""
+  blocks = 1, SCALE_BLOCK
+  unsupported = checks.unsupported_by_quantize(x, blocks)
+  return quantize(
+    x,
+    blocks,
+    implementation=where_supported(implementation, unsupported),
+    **options,
+  )
+
+
 @functools.partial(
   jax.jit, static_argnames=("dtype", "power_of_two_scales", "interpret")
 )

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
 
 from jax_grouped_gemm import checks
 from jax_grouped_gemm.config import SCALE_BLOCK
@@ -48,6 +50,16 @@ def check_quantized_weights(name: str, weights, shape) -> QuantizedWeights:
       raise TypeError(f"{label}.values must be float8_e4m3fn, got {x.dtype}")
     copies.append(x)
   return QuantizedWeights(*copies)
+
+
+def bitcast(weights: QuantizedWeights, dtype: DTypeLike) -> QuantizedWeights:
+  """Returns the weights, the bits of their values read as another dtype."""
+
+  def read(x):
+    values = lax.bitcast_convert_type(x.values, dtype)
+    return ScaledArray(values, x.scales, x.block_shape, x.padding)
+
+  return QuantizedWeights(*map(read, weights))
 
 
 jax.export.register_namedtuple_serialization(

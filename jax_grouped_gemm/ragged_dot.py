@@ -12,19 +12,19 @@ from jaxtyping import Array, Float, Int
 
 from jax_grouped_gemm import checks, schedule
 from jax_grouped_gemm import implementation as implementations
-from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.kernels.unquantized import Unquantized
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
 from jax_grouped_gemm.quantization import (
-  quantize,
   quantize_for_k_grouped,
+  quantize_rows,
   quantize_weights,
   where_supported,
 )
 from jax_grouped_gemm.quantized_weights import (
   QuantizedWeights,
+  bitcast,
   check_quantized_weights,
 )
 from jax_grouped_gemm.recipe import Recipe
@@ -44,6 +44,7 @@ def ragged_dot(
   out_sharding=None,
   *,
   recipe: Recipe = Recipe(),  # noqa: B008, immutable.
+  quantized_lhs: ScaledArray | None = None,
   quantized_rhs: QuantizedWeights | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "m n"]:
@@ -64,6 +65,8 @@ def ragged_dot(
     group_offset: the first of the groups in group_sizes that rhs holds.
     out_sharding: of the result, on a mesh of explicit axes.
     recipe: which products are quantised, and how.
+    quantized_lhs: quantize(lhs, (1, 128)), which the FP8 product of the forward
+      pass takes in the place of lhs. Gradients are made from lhs, and go to it.
     quantized_rhs: quantize_weights(rhs), to be used for many calls. The FP8
       products take it in the place of rhs, whose gradient it does not change.
       Its power_of_two_scales is not compared with the recipe's.
@@ -78,6 +81,13 @@ def ragged_dot(
     raise TypeError(f"recipe must be a Recipe, got {recipe!r}")
   implementations.check(implementation)
   _check_operands(lhs, rhs)
+  quantized_lhs = checks.check_quantized_lhs(
+    "quantized_lhs", quantized_lhs, lhs.shape
+  )
+  if quantized_lhs is not None and recipe.forward != "fp8":
+    raise ValueError(
+      f"quantized_lhs needs a recipe whose forward is 'fp8', got {recipe}"
+    )
   if quantized_rhs is not None:
     quantized_rhs = check_quantized_weights(
       "quantized_rhs", quantized_rhs, rhs.shape
@@ -116,7 +126,8 @@ def ragged_dot(
   dot = functools.partial(_ragged_dot, call)
   if out_sharding is not None:
     dot = jax.sharding.auto_axes(dot, out_sharding=out_sharding)
-  return dot(*vary_alike(lhs, rhs, quantized_rhs, group_sizes, group_offset))
+  quantized = quantized_lhs, quantized_rhs
+  return dot(*vary_alike(lhs, rhs, quantized, group_sizes, group_offset))
 
 
 def _check_operands(lhs, rhs):
@@ -145,23 +156,26 @@ class _Call:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ragged_dot(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
+def _ragged_dot(call: _Call, lhs, rhs, quantized, group_sizes, group_offset):
+  rows, weights = quantized
   if weights is None and call.recipe.forward == "fp8":
     weights = _quantize_weights(call, rhs)
-  return _forward(call, lhs, rhs, weights, group_sizes, group_offset)
+  return _forward(call, lhs, rhs, (rows, weights), group_sizes, group_offset)
 
 
-def _ragged_dot_fwd(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
-  recipe, dgrad_rhs = call.recipe, rhs
+def _ragged_dot_fwd(
+  call: _Call, lhs, rhs, quantized, group_sizes, group_offset
+):
+  (rows, weights), recipe, dgrad_rhs = quantized, call.recipe, rhs
   if weights is None and recipe.quantizes_weights:
     # As bytes: policies of jax.checkpoint round what they keep as IEEE types,
     # which damages float8_e4m3fn above 240 (jax 0.11.2).
-    kept = _bitcast(_quantize_weights(call, rhs), jnp.uint8)
+    kept = bitcast(_quantize_weights(call, rhs), jnp.uint8)
     kept = checkpoint_name(kept, QUANTIZED_WEIGHTS)
-    weights = _bitcast(kept, jnp.float8_e4m3fn)
+    weights = bitcast(kept, jnp.float8_e4m3fn)
   if recipe.dgrad == "fp8":
     dgrad_rhs = weights.dgrad
-  out = _forward(call, lhs, rhs, weights, group_sizes, group_offset)
+  out = _forward(call, lhs, rhs, (rows, weights), group_sizes, group_offset)
   wgrad_lhs = lhs
   if recipe.wgrad == "fp8":
     # From the values themselves: forward's copy has its blocks the other way.
@@ -235,15 +249,8 @@ def _quantize_tokens(
   )
 
 
-def _bitcast(weights: QuantizedWeights, dtype: DTypeLike) -> QuantizedWeights:
-  def bitcast(x):
-    values = lax.bitcast_convert_type(x.values, dtype)
-    return ScaledArray(values, x.scales, x.block_shape, x.padding)
-
-  return QuantizedWeights(*map(bitcast, weights))
-
-
-def _forward(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
+def _forward(call: _Call, lhs, rhs, quantized, group_sizes, group_offset):
+  rows, weights = quantized
   if call.recipe.forward != "fp8":
     bounds = schedule.group_bounds(
       group_sizes, lhs.shape[0], group_offset, rhs.shape[0]
@@ -251,7 +258,7 @@ def _forward(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
     return call.unquantized.product(lhs, rhs, *bounds, call.out_dtype)
   return _m_grouped(
     call,
-    lhs,
+    lhs if rows is None else rows,
     weights.forward,
     group_sizes,
     group_offset,
@@ -262,7 +269,7 @@ def _forward(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
 
 def _m_grouped(
   call: _Call,
-  x: Float[Array, "m k"],
+  x: Float[Array, "m k"] | ScaledArray,
   weights: ScaledArray,
   group_sizes,
   group_offset,
@@ -271,16 +278,13 @@ def _m_grouped(
   out_dtype: DTypeLike,
 ) -> Float[Array, "m n"]:
   """out[r] = x[r] @ weights[group of r].T, weights (g, n, k)."""
-  blocks = 1, SCALE_BLOCK
-  x = quantize(
-    x,
-    blocks,
-    dtype=value_dtype,
-    power_of_two_scales=call.recipe.power_of_two_scales,
-    implementation=where_supported(
-      call.implementation, checks.unsupported_by_quantize(x, blocks)
-    ),
-  )
+  if not isinstance(x, ScaledArray):
+    x = quantize_rows(
+      x,
+      dtype=value_dtype,
+      power_of_two_scales=call.recipe.power_of_two_scales,
+      implementation=call.implementation,
+    )
   return m_grouped_gemm(
     x,
     weights,

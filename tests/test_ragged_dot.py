@@ -62,6 +62,7 @@ def run(
   dout,
   sizes,
   offset=None,
+  quantized_lhs=None,
   quantized_rhs=None,
   implementation=None,
   by_lax=False,
@@ -73,6 +74,7 @@ def run(
     preferred_element_type=dout.dtype,
     group_offset=offset,
     recipe=recipe,
+    quantized_lhs=quantized_lhs,
     quantized_rhs=quantized_rhs,
     implementation=implementation,
   )
@@ -479,6 +481,39 @@ def test_gradient_of_one_operand(recipe):
     value, result = jax.jit(jax.value_and_grad(loss, argnum))(lhs, rhs, sizes)
     np.testing.assert_array_equal(result, gradient)
     np.testing.assert_allclose(value, jnp.sum(dout * out), rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_rows_quantised_outside(recipe):
+  """The same bits; what the forward pass multiplies comes from there alone."""
+  lhs, rhs, dout = operands()
+  sizes = jnp.array(SIZES)
+  scales = recipe.power_of_two_scales
+  rows = quantize(lhs, (1, 128), power_of_two_scales=scales)
+  step = functools.partial(run, recipe, rhs=rhs, dout=dout, sizes=sizes)
+  if recipe.forward == "bf16":
+    with pytest.raises(ValueError, match="forward is 'fp8'"):
+      step(lhs, quantized_lhs=rows)
+    return
+  expected = step(lhs)
+  chex.assert_trees_all_equal(step(lhs, quantized_lhs=rows), expected)
+  # The floats enter the gradient of rhs, and nothing else.
+  out, dlhs, drhs = step(2 * lhs, quantized_lhs=rows)
+  chex.assert_trees_all_equal((out, dlhs), expected[:2])
+  np.testing.assert_allclose(drhs, 2 * expected[2], rtol=1e-6)
+
+
+def test_wrong_quantised_rows():
+  lhs, rhs, _ = operands()
+  rows = quantize(lhs, (1, 128))
+  for error, message, wrong in (
+    (TypeError, "ScaledArray", lhs),
+    (ValueError, r"\(m, k\) = \(150, 160\)", quantize(lhs[:-1], (1, 128))),
+    (ValueError, "blocks", quantize(lhs, (1, 64))),
+    (ValueError, "blocks", rows.mT),
+  ):
+    with pytest.raises(error, match=message):
+      ragged_dot(lhs, rhs, jnp.array(SIZES), quantized_lhs=wrong)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

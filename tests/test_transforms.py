@@ -262,8 +262,15 @@ def mesh(axis_type=jax.sharding.AxisType.Auto):
   return jax.sharding.Mesh(jax.devices("cpu")[:2], "x", (axis_type,))
 
 
+# What computes the products that are not quantised.
+computed = pytest.mark.parametrize(
+  "through", [lambda fn: fn, by_lax], ids=["scans", "lax"]
+)
+
+
 @recipes
-def test_shard_map_of_experts(recipe):
+@computed
+def test_shard_map_of_experts(recipe, through):
   """Each device holds half of the weights and tells where they begin."""
   lhs, rhs, sizes = at(FUNCTIONS["ragged_dot"][1], 0)
   run = gradients(recipe)
@@ -282,11 +289,12 @@ def test_shard_map_of_experts(recipe):
     in_specs=(P(), P("x"), P()),
     out_specs=(P(), P(), P("x")),
   )
-  equal(jax.jit(sharded)(lhs, rhs, sizes), run(lhs, rhs, sizes))
+  equal(jax.jit(through(sharded))(lhs, rhs, sizes), run(lhs, rhs, sizes))
 
 
 @recipes
-def test_shard_map_of_tokens(recipe):
+@computed
+def test_shard_map_of_tokens(recipe, through):
   """Each device has its own rows and sizes; weights are shared."""
   lhs, rhs, sizes = FUNCTIONS["ragged_dot"][1]
   run = gradients(recipe)
@@ -296,7 +304,7 @@ def test_shard_map_of_tokens(recipe):
     in_specs=(P("x"), P(), P("x")),
     out_specs=(P("x"), P("x"), P()),
   )
-  out, dlhs, drhs = jax.jit(sharded)(lhs.reshape(-1, K), rhs[0], sizes)
+  out, dlhs, drhs = jax.jit(through(sharded))(lhs.reshape(-1, K), rhs[0], sizes)
   shards = [run(lhs[i], rhs[0], sizes[i]) for i in range(BATCH)]
   equal(out, jnp.concatenate([shard[0] for shard in shards]))
   equal(dlhs, jnp.concatenate([shard[1] for shard in shards]))

@@ -23,7 +23,7 @@ from jax_grouped_gemm.kernels import (
   reference,
   tuning,
 )
-from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.manual_axes import vary_alike, zeros
 
 # Whether implementation=None means the kernels on a Hopper GPU. They have not
 # been measured yet.
@@ -109,7 +109,9 @@ class Unquantized:
       )
 
     def gradient(dout, rhs, sizes):
-      lhs = jax.ShapeDtypeStruct((dout.shape[0], rhs.shape[1]), dtype)
+      # Of an lhs that is the same on all devices, the transpose would be the
+      # sum over the devices.
+      lhs = zeros((dout.shape[0], rhs.shape[1]), dtype, dout)
       dot = lambda lhs: self._ragged_dot(lhs, rhs, sizes, dout.dtype)
       return jax.linear_transpose(dot, lhs)(dout)[0]
 
@@ -137,9 +139,8 @@ class Unquantized:
     def gradient(lhs, dout, sizes):
       shape = (*sizes.shape, lhs.shape[1], dout.shape[1])
       dot = lambda rhs: self._ragged_dot(lhs, rhs, sizes, dout.dtype)
-      return jax.linear_transpose(dot, jax.ShapeDtypeStruct(shape, dtype))(
-        dout
-      )[0]
+      rhs = zeros(shape, dtype, dout)
+      return jax.linear_transpose(dot, rhs)(dout)[0]
 
     lhs = self._gather_rows(lhs, starts, ends)
     dout = self._gather_rows(dout, starts, ends)

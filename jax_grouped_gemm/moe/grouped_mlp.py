@@ -17,7 +17,7 @@ from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe.bias import add_bias
 from jax_grouped_gemm.ops import m_grouped_gemm
-from jax_grouped_gemm.quantization import quantize
+from jax_grouped_gemm.quantization import quantize_rows
 from jax_grouped_gemm.ragged_dot import QUANTIZED_WEIGHTS, ragged_dot
 from jax_grouped_gemm.recipe import Recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
@@ -41,6 +41,7 @@ def grouped_mlp(
   down_bias: Float[Array, "g d"] | None = None,
   recipe: Recipe = Recipe(),  # noqa: B008, immutable.
   rematerialize: bool = False,
+  quantized_x: ScaledArray | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "m d"]:
   """out[r] = activation(x[r] @ gate_up[g] + bias) @ down[g] + bias, r in g.
@@ -72,6 +73,7 @@ def grouped_mlp(
       products are FP8, only its power_of_two_scales counts.
     rematerialize: whether the backward pass computes the activation, and
       quantises it, once more, instead of keeping it from the forward pass.
+    quantized_x: quantize(x, (1, 128)), as ragged_dot's quantized_lhs.
     implementation: as in ragged_dot.
   """
   x = jnp.asarray(x)
@@ -84,9 +86,12 @@ def grouped_mlp(
     raise ValueError(
       f"activation must be one of {tuple(_ACTIVATIONS)}, got {activation!r}"
     )
+  quantized_x = checks.check_quantized_lhs("quantized_x", quantized_x, x.shape)
   group_sizes, _ = check_group_sizes(group_sizes, x.shape[0], g)
-  x, gate_up, down, gate_up_bias, down_bias, group_sizes = vary_alike(
-    x, gate_up, down, gate_up_bias, down_bias, group_sizes
+  x, gate_up, down, gate_up_bias, down_bias, group_sizes, quantized_x = (
+    vary_alike(
+      *(x, gate_up, down, gate_up_bias, down_bias, group_sizes, quantized_x)
+    )
   )
   if is_scaled:
     # Its backward pass says that there is none.
@@ -109,7 +114,7 @@ def grouped_mlp(
       QUANTIZED_WEIGHTS
     )
     rest = jax.checkpoint(rest, policy=keep_weights)
-  hidden = dot(x, gate_up, group_sizes)
+  hidden = dot(x, gate_up, group_sizes, quantized_lhs=quantized_x)
   return rest(hidden, gate_up_bias, down, down_bias, group_sizes)
 
 
@@ -173,15 +178,19 @@ _activate.defvjp(_activate_fwd, _activate_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _serve(recipe: Recipe, implementation, x, weights, group_sizes):
+def _serve(
+  recipe: Recipe, implementation, x, weights, group_sizes, quantized_lhs=None
+):
   """out[r] = x[r] @ weights[group of r].T, x quantised, weights (g, n, k)."""
   out_dtype = x.dtype if x.dtype == jnp.bfloat16 else jnp.float32
-  return m_grouped_gemm(
-    quantize(
+  if quantized_lhs is None:
+    quantized_lhs = quantize_rows(
       x,
-      (1, SCALE_BLOCK),
       power_of_two_scales=recipe.power_of_two_scales,
-    ),
+      implementation=implementation,
+    )
+  return m_grouped_gemm(
+    quantized_lhs,
     weights,
     group_sizes,
     preferred_element_type=out_dtype,
@@ -189,7 +198,9 @@ def _serve(recipe: Recipe, implementation, x, weights, group_sizes):
   ).astype(x.dtype)
 
 
-def _refuse_gradient(recipe, implementation, x, weights, group_sizes):
+def _refuse_gradient(
+  recipe, implementation, x, weights, group_sizes, quantized_lhs
+):
   raise NotImplementedError(
     "ScaledArray weights have no gradient, nor has what is multiplied by them; "
     "train with float weights, which a recipe quantises"

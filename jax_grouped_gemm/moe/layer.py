@@ -1,5 +1,6 @@
 """The whole layer: router, dispatch, experts, combine."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,9 @@ from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
 from jax_grouped_gemm.moe.grouped_mlp import Activation, Weights, grouped_mlp
 from jax_grouped_gemm.moe.permutation import combine, dispatch
 from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
+from jax_grouped_gemm.quantization import quantize_rows
 from jax_grouped_gemm.recipe import Recipe
+from jax_grouped_gemm.scaled_array import ScaledArray
 
 
 class MoeParams(NamedTuple):
@@ -110,7 +113,7 @@ def moe_layer(
     axis_name=() if parallel is None else parallel.token_axes,
   )
 
-  def experts(rows, group_sizes):
+  def experts(rows, group_sizes, quantized=None):
     return grouped_mlp(
       rows,
       params.gate_up,
@@ -121,19 +124,31 @@ def moe_layer(
       down_bias=params.down_bias,
       recipe=recipe,
       rematerialize=rematerialize,
+      quantized_x=quantized,
       implementation=implementation,
     )
 
   num_experts = params.router.shape[1]
-  rows, permutation = dispatch(rows, routing.experts, num_experts)
-  group_sizes, dropped = permutation.group_sizes, jnp.zeros((), jnp.int32)
   if parallel is None:
+    rows, permutation = dispatch(rows, routing.experts, num_experts)
+    group_sizes, dropped = permutation.group_sizes, jnp.zeros((), jnp.int32)
     rows = experts(rows, group_sizes)
+    out = combine(rows, routing.weights, permutation, x.dtype)
   else:
-    rows, group_sizes, dropped = parallel.run(
-      experts, rows, group_sizes, params.gate_up.shape[0], top_k
+    is_scaled = isinstance(params.gate_up, ScaledArray)
+    quantize = functools.partial(
+      quantize_rows,
+      power_of_two_scales=recipe.power_of_two_scales,
+      implementation=implementation,
     )
-  out = combine(rows, routing.weights, permutation, x.dtype)
+    out, group_sizes, dropped = parallel.run(
+      experts,
+      rows,
+      routing,
+      num_experts,
+      params.gate_up.shape[0],
+      quantize if is_scaled or recipe.forward == "fp8" else None,
+    )
   return MoeOutput(
     out.reshape(*tokens, d), *_losses(routing), group_sizes, dropped
   )

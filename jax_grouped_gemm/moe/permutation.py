@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe.routing import count
+from jax_grouped_gemm.scaled_array import ScaledArray
 
 
 class Permutation(NamedTuple):
@@ -64,6 +65,13 @@ def dispatch(
   x, experts = vary_alike(x, experts)
   permutation = _sort(experts, num_experts)
   return _gather_copies(x, *permutation[:2]), permutation
+
+
+def dispatch_quantized(x: ScaledArray, permutation: Permutation) -> ScaledArray:
+  """dispatch of tokens (t, d) that are quantised by row. No gradient."""
+  token = permutation.order // permutation.inverse.shape[1]
+  padding = 0, x.padding[1]  # No copies of the padding rows.
+  return ScaledArray(x.values[token], x.scales[token], x.block_shape, padding)
 
 
 def _sort(experts: Int[Array, "t top_k"], num_experts: int) -> Permutation:

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from unquantized_paths import by_lax_ragged_dot
 
 from jax_grouped_gemm import Recipe, moe, quantize
-from jax_grouped_gemm.moe.expert_parallel import _fit
+from jax_grouped_gemm.moe.exchange import _fit
+from jax_grouped_gemm.moe.permutation import dispatch_quantized
 
 D, F, E, K = 32, 16, 16, 2
 T = 64  # of all devices
@@ -118,6 +121,112 @@ def test_fp8_forward_is_that_of_one_device():
   # Few elements are quantised to the next FP8 value, if any.
   error = np.linalg.norm(result.out - expected.out)
   assert error <= 1e-3 * np.linalg.norm(expected.out)
+
+
+@functools.cache
+def with_payload(payload, shape=(4, 2), **options):
+  return value_and_gradients(
+    sharded(shape, Recipe(), payload=payload, **options)
+  )
+
+
+def test_quantised_tokens_give_the_same_bits():
+  """Whether they are quantised before they travel or after."""
+  fp8, unquantised = (
+    with_payload(payload)(PARAMS, X) for payload in ("fp8", "bf16")
+  )
+  np.testing.assert_array_equal(fp8[1].out, unquantised[1].out)
+  # The gradient of gate_up alone is made from what arrived.
+  for name, got in fp8[0][0]._asdict().items():
+    want = getattr(unquantised[0][0], name)
+    if name == "gate_up":
+      assert np.linalg.norm(got - want) > 0
+      assert np.linalg.norm(got - want) < 2**-4 * np.linalg.norm(want)
+    else:
+      np.testing.assert_array_equal(got, want)
+  np.testing.assert_array_equal(fp8[0][1], unquantised[0][1])
+
+
+def quantised_on_one_device(params, x):
+  """The layer of tokens that are quantised as they are for a journey."""
+  logits = x @ params.router + params.router_bias
+  routing = moe.route_top_k(logits, K, expert_bias=params.expert_bias)
+  rows, permutation = moe.dispatch(x, routing.experts, E)
+  quantized = dispatch_quantized(
+    quantize(lax.stop_gradient(x), (1, 128)), permutation
+  )
+  # Their values, and the gradient of the rows.
+  rows = rows - lax.stop_gradient(rows) + quantized.dequantize()
+  out = moe.grouped_mlp(
+    rows,
+    params.gate_up,
+    params.down,
+    permutation.group_sizes,
+    gate_up_bias=params.gate_up_bias,
+    down_bias=params.down_bias,
+    quantized_x=quantized,
+  )
+  return moe.MoeOutput(
+    moe.combine(out, routing.weights, permutation),
+    routing.load_balancing_loss,
+    routing.z_loss,
+    permutation.group_sizes,
+    jnp.zeros((), jnp.int32),
+  )
+
+
+def test_gradients_of_quantised_tokens_are_those_of_one_device():
+  # Experts that are held once: their tokens are in the same scale blocks.
+  grads, result = with_payload("fp8", (8, 1))(PARAMS, X)
+  expected_grads, expected = value_and_gradients(quantised_on_one_device)(
+    PARAMS, X
+  )
+
+  def near(got, want):
+    # Few elements are quantised to the next FP8 value, if any.
+    assert np.linalg.norm(got - want) <= 1e-3 * np.linalg.norm(want)
+
+  jax.tree.map(near, (grads, result), (expected_grads, expected))
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), BF16], ids=["fp8", "bf16"])
+def test_with_the_products_of_gpus(recipe):
+  """What is not quantised by jax.lax.ragged_dot, shard_map's checks on."""
+  options = dict(exchange="dense")
+  expected = value_and_gradients(sharded((4, 2), recipe, **options))(PARAMS, X)
+  with by_lax_ragged_dot():
+    got = value_and_gradients(sharded((4, 2), recipe, **options))(PARAMS, X)
+  jax.tree.map(close, got, expected)
+
+
+# ---------------------------------------------------------------- chunks
+
+
+def test_chunks_change_nothing():
+  run = value_and_gradients(sharded((4, 2), chunks=3))  # of 8 tokens
+  for bias in ROUTINGS.values():
+    params = PARAMS._replace(expert_bias=bias)
+    jax.tree.map(close, run(params, X), on_devices((4, 2))(params, X))
+
+
+def test_chunks_of_quantised_tokens():
+  grads, result = with_payload("fp8", chunks=2)(PARAMS, X)
+  expected_grads, expected = with_payload("fp8")(PARAMS, X)
+  np.testing.assert_array_equal(result.out, expected.out)
+  np.testing.assert_array_equal(grads[1], expected_grads[1])
+  for name, got in grads[0]._asdict().items():
+    # Those of the weights are made from tokens in other scale blocks.
+    want = getattr(expected_grads[0], name)
+    assert np.linalg.norm(got - want) <= 2**-4 * np.linalg.norm(want)
+
+
+def test_chunks_share_the_capacity():
+  params = PARAMS._replace(expert_bias=ROUTINGS["one device"])
+  run = jax.jit(sharded((8, 1), chunks=2, capacity=20))
+  result = run(params, X)
+  # One device takes in 10 rows of each chunk, or 9, of 128 rows in all.
+  assert 2 * T - 20 <= result.dropped <= 2 * T - 18
+  assert ((np.asarray(result.out) != 0).any(axis=1)).sum() <= 20
 
 
 def test_serving():
@@ -269,8 +378,9 @@ def emulated_ragged_all_to_all(
   return output
 
 
-def test_ragged_exchange_is_the_dense_one(monkeypatch):
-  options = dict(capacity=20)  # Not all is sent.
+@pytest.mark.parametrize("recipe", [Recipe(), BF16], ids=["fp8", "bf16"])
+def test_ragged_exchange_is_the_dense_one(recipe, monkeypatch):
+  options = dict(recipe=recipe, capacity=20)  # Not all is sent.
   dense_grads, dense = value_and_gradients(sharded((4, 2), **options))(
     PARAMS, X
   )
@@ -287,7 +397,9 @@ def test_ragged_exchange_is_the_dense_one(monkeypatch):
 def test_ragged_exchange_compiles_for_four_gpus():
   devices = np.array(hopper.devices(4)).reshape(2, 2)
   gpus = Mesh(devices, ("expert", "data"))
-  parallel = moe.ExpertParallel("expert", ("data",), exchange="ragged")
+  parallel = moe.ExpertParallel(
+    "expert", ("data",), exchange="ragged", chunks=2
+  )
   run = jax.shard_map(
     functools.partial(
       layer, recipe=Recipe(), parallel=parallel, implementation="mosaic_gpu"
@@ -306,17 +418,82 @@ def test_ragged_exchange_compiles_for_four_gpus():
   loss = lambda params, x: run(params, x).out.astype(jnp.float32).sum()
   traced = jax.jit(jax.grad(loss, (0, 1))).trace(*specs)
   compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-  exchanges = re.findall(r"ragged-all-to-all(?:-start)?\(", compiled.as_text())
-  assert len(exchanges) == 4
+  text = compiled.as_text()
+  exchanges = re.findall(r"ragged-all-to-all(?:-start)?\(", text)
+  assert len(exchanges) == 2 * 5
+  # Though each of the chunks multiplies them.
+  copies = r"= \(f8e4m3fn\[8,128,128\]\S* f8e4m3fn\[8,128,128\]\S* "
+  weights = re.findall(copies + r".* custom-call\(", text)
+  assert len(weights) == 2
 
 
-def test_ragged_exchange_lowers_for_gpus():
-  run = sharded((4, 2), Recipe(), exchange="ragged")
+@pytest.mark.slow
+def test_a_chunk_travels_while_another_is_multiplied():
+  """As XLA's latency-hiding scheduler orders it for two GPUs."""
+  gpus = Mesh(np.array(hopper.devices(2)), ("expert",))
+  d, f, tokens = 1024, 768, 4096
+  parallel = moe.ExpertParallel("expert", exchange="ragged", chunks=2)
+  specs = moe.MoeParams(P(), P("expert"), P("expert"))
+  run = jax.shard_map(
+    lambda params, x: (
+      moe.moe_layer(
+        x, params, K, parallel=parallel, implementation="mosaic_gpu"
+      ).out
+    ),
+    mesh=gpus,
+    in_specs=(specs, P("expert")),
+    out_specs=P("expert"),
+  )
+  args = [
+    jax.ShapeDtypeStruct(
+      shape, jnp.bfloat16, sharding=NamedSharding(gpus, spec)
+    )
+    for shape, spec in (
+      ((d, E), P()),
+      ((E, d, 2 * f), P("expert")),
+      ((E, f, d), P("expert")),
+      ((tokens, d), P("expert")),
+    )
+  ]
+  traced = jax.jit(run).trace(moe.MoeParams(*args[:3]), args[3])
+  compiled = traced.lower(lowering_platforms=("cuda",)).compile(
+    compiler_options={"xla_gpu_enable_latency_hiding_scheduler": True}
+  )
+  text = compiled.as_text()
+  schedule = text[text.index("ENTRY") :]
+  rows = 2 * (tokens // 2 // 2) * K  # that a chunk brings a device at most.
+
+  def first(pattern):
+    return [m.start() for m in re.finditer(pattern, schedule)]
+
+  products = first(rf"= bf16\[{rows},{2 * f}\]\S* custom-call")
+  products += first(rf"= bf16\[{rows},{d}\]\S* custom-call")
+  assert len(products) == 4
+  for kind in ("u8", "bf16"):  # There, and back.
+    beside = 0
+    for name in re.findall(
+      rf"%(ragged-all-to-all-start\S*) = \(\({kind}", schedule
+    ):
+      start = schedule.index(f"%{name} = ")
+      done = first(rf"ragged-all-to-all-done\(%{re.escape(name)}\)")[0]
+      beside += any(start < product < done for product in products)
+    assert beside == 1
+
+
+@pytest.mark.parametrize("payload", ["fp8", "bf16"])
+def test_ragged_exchange_lowers_for_gpus(payload):
+  run = sharded((4, 2), Recipe(), exchange="ragged", payload=payload)
   loss = lambda params, x: run(params, x).out.sum()
   traced = jax.jit(jax.grad(loss, (0, 1))).trace(PARAMS, X)
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  # There and back, forward and backward.
-  assert len(re.findall(r"custom_call @ragged_all_to_all", text)) == 4
+  exchanged = re.findall(
+    r"custom_call @ragged_all_to_all.*: \(tensor<\d+x(\w+)>", text
+  )
+  # There and back, forward and backward: values of 128 columns and a scale, or
+  # rows.
+  rows = f"{D}xf32"
+  there = ["128xui8", "1xf32"] if payload == "fp8" else [rows]
+  assert sorted(exchanged) == sorted([*there, rows, rows, rows])
 
 
 # ---------------------------------------------------------------- errors
@@ -328,6 +505,16 @@ def test_ragged_exchange_lowers_for_gpus():
     (lambda: moe.ExpertParallel("x", ("x",)), "must not hold axis_name 'x'"),
     (lambda: moe.ExpertParallel("x", capacity=0), "got 0"),
     (lambda: moe.ExpertParallel("x", exchange="sparse"), "'sparse'"),
+    (lambda: moe.ExpertParallel("x", payload="int8"), "'bf16'.*'int8'"),
+    (lambda: moe.ExpertParallel("x", chunks=0), "chunks.*positive.*got 0"),
+    (
+      lambda: jax.eval_shape(sharded((4, 2), chunks=9), PARAMS, X),
+      "at most the 8 tokens of a device, got 9",
+    ),
+    (
+      lambda: jax.eval_shape(sharded((4, 2), payload="fp8"), PARAMS, X),
+      "forward is 'fp8'",
+    ),
     (
       lambda: jax.eval_shape(
         sharded((4, 2), params=SPECS._replace(gate_up=P(), down=P())), PARAMS, X

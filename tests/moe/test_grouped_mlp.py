@@ -189,6 +189,17 @@ def test_vmap(kind):
     close(out[i], run(x[i], sizes[i]))
 
 
+@pytest.mark.parametrize("kind", ["fp8", "serving"])
+def test_rows_quantised_outside(kind):
+  """The same bits, and the floats do not enter the result."""
+  weights, recipe = WEIGHTS[kind]
+  run = jax.jit(lambda x, q: ours(x, *weights, recipe=recipe, quantized_x=q))
+  rows = quantize(X, (1, 128))
+  expected = run(X, None)
+  equal(run(X, rows), expected)
+  equal(run(jnp.zeros_like(X), rows), expected)
+
+
 def test_scan_over_layers():
   layers = jax.tree.map(lambda w: jnp.stack([w, w * 0.7]), (GATE_UP, DOWN))
 
