@@ -115,10 +115,8 @@ def quantize_tokens(
 
   A size is at most 128, and may be 0. f is a multiple of 16, f_stored one of 8.
   """
-  t, f = x.shape
-  # Slices of an array are not larger than it.
-  missing = max(0, SCALE_BLOCK - t), max(0, WGMMA_M - f)
-  x = jnp.pad(x, [(0, count) for count in missing])
+  f = x.shape[1]
+  x = _quantize.at_least(x, SCALE_BLOCK, WGMMA_M)
   f_stored = max(WGMMA_M, pl.cdiv(f, ROW_ALIGN) * ROW_ALIGN)
   blocks, tiles = first.shape[0], pl.cdiv(f, WGMMA_M)
   slots = _WGS, _SLOTS
