@@ -71,6 +71,15 @@ def unsupported_by_gather(x) -> str | None:
   return _unsupported_input("k", x.shape[1], x.dtype)
 
 
+def unsupported_by_fusion(x, f: int) -> str | None:
+  """Returns what of an MLP of x (m, d), f wide, cannot be fused."""
+  if x.dtype != jnp.bfloat16:
+    return f"needs x of bfloat16, got {x.dtype}"
+  return _unsupported_input("d", x.shape[1], x.dtype) or _unsupported_input(
+    "f", f, x.dtype
+  )
+
+
 def _unsupported_input(name: str, size: int, dtype) -> str | None:
   if size % _KERNEL_ALIGN:
     return (

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -26,12 +25,10 @@ from jax_grouped_gemm.quantization import (
 from jax_grouped_gemm.quantized_weights import (
   QuantizedWeights,
   check_quantized_weights,
+  name_quantized_weights,
 )
-from jax_grouped_gemm.recipe import Recipe
+from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
-
-# For the policies of jax.checkpoint: to keep the weights' quantised copy.
-QUANTIZED_WEIGHTS = "jax_grouped_gemm.quantized_weights"
 
 
 def ragged_dot(
@@ -74,8 +71,7 @@ def ragged_dot(
       the result is one in the backward pass.
   """
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-  if not isinstance(recipe, Recipe):
-    raise TypeError(f"recipe must be a Recipe, got {recipe!r}")
+  check_recipe(recipe)
   implementations.check(implementation)
   _check_operands(lhs, rhs)
   if quantized_rhs is not None:
@@ -154,11 +150,7 @@ def _ragged_dot(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
 def _ragged_dot_fwd(call: _Call, lhs, rhs, weights, group_sizes, group_offset):
   recipe, dgrad_rhs = call.recipe, rhs
   if weights is None and recipe.quantizes_weights:
-    # As bytes: policies of jax.checkpoint round what they keep as IEEE types,
-    # which damages float8_e4m3fn above 240 (jax 0.11.2).
-    kept = _bitcast(_quantize_weights(call, rhs), jnp.uint8)
-    kept = checkpoint_name(kept, QUANTIZED_WEIGHTS)
-    weights = _bitcast(kept, jnp.float8_e4m3fn)
+    weights = name_quantized_weights(_quantize_weights(call, rhs))
   if recipe.dgrad == "fp8":
     dgrad_rhs = weights.dgrad
   out = _forward(call, lhs, rhs, weights, group_sizes, group_offset)
@@ -233,14 +225,6 @@ def _quantize_tokens(
       call.implementation, checks.unsupported_by_quantize_tokens(x)
     ),
   )
-
-
-def _bitcast(weights: QuantizedWeights, dtype: DTypeLike) -> QuantizedWeights:
-  def bitcast(x):
-    values = lax.bitcast_convert_type(x.values, dtype)
-    return ScaledArray(values, x.scales, x.block_shape, x.padding)
-
-  return QuantizedWeights(*map(bitcast, weights))
 
 
 def _forward(call: _Call, lhs, rhs, weights, group_sizes, group_offset):

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from jax_grouped_gemm.moe.activation import Activation
 from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
-from jax_grouped_gemm.moe.grouped_mlp import Activation, Weights, grouped_mlp
-from jax_grouped_gemm.moe.permutation import combine, dispatch
+from jax_grouped_gemm.moe.grouped_mlp import Weights, grouped_mlp
+from jax_grouped_gemm.moe.permutation import combine, dispatch, sort_by_expert
 from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
 from jax_grouped_gemm.recipe import Recipe
 
@@ -68,6 +69,7 @@ def moe_layer(
   activation: Activation = "swiglu",
   recipe: Recipe = Recipe(),  # noqa: B008, immutable.
   rematerialize: bool = False,
+  fuse: bool | None = None,
   parallel: ExpertParallel | None = None,
   implementation: str | None = None,
 ) -> MoeOutput:
@@ -89,6 +91,7 @@ def moe_layer(
     activation: as in grouped_mlp.
     recipe: the same.
     rematerialize: the same.
+    fuse: the same.
     parallel: how the experts are spread over devices, for calls inside
       jax.shard_map: x and the experts' parameters are then the device's own,
       router, router_bias and expert_bias those of all experts.
@@ -110,7 +113,7 @@ def moe_layer(
     axis_name=() if parallel is None else parallel.token_axes,
   )
 
-  def experts(rows, group_sizes):
+  def experts(rows, group_sizes, permutation=None):
     return grouped_mlp(
       rows,
       params.gate_up,
@@ -120,16 +123,21 @@ def moe_layer(
       gate_up_bias=params.gate_up_bias,
       down_bias=params.down_bias,
       recipe=recipe,
+      permutation=permutation,
       rematerialize=rematerialize,
+      fuse=fuse,
       implementation=implementation,
     )
 
   num_experts = params.router.shape[1]
-  rows, permutation = dispatch(rows, routing.experts, num_experts)
-  group_sizes, dropped = permutation.group_sizes, jnp.zeros((), jnp.int32)
   if parallel is None:
-    rows = experts(rows, group_sizes)
+    # Copied on the way into the first product.
+    permutation = sort_by_expert(routing.experts, num_experts)
+    group_sizes, dropped = permutation.group_sizes, jnp.zeros((), jnp.int32)
+    rows = experts(rows, group_sizes, permutation)
   else:
+    rows, permutation = dispatch(rows, routing.experts, num_experts)
+    group_sizes = permutation.group_sizes
     rows, group_sizes, dropped = parallel.run(
       experts, rows, group_sizes, params.gate_up.shape[0], top_k
     )
