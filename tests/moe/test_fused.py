@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,17 @@ import numpy as np
 import pytest
 from hopper import compile_for_hopper
 
-from jax_grouped_gemm import Config, Recipe, moe, quantize
+from jax_grouped_gemm import Recipe, moe, quantize
 from jax_grouped_gemm.kernels import (
   _quantize,
   activation_backward,
   gather,
   quantize_tokens,
   quantize_weights,
-  tuning,
 )
 from jax_grouped_gemm.kernels import quantize as quantize_rows
-from jax_grouped_gemm.moe.fused import choose_fusion
+from jax_grouped_gemm.kernels.unquantized import Unquantized
+from jax_grouped_gemm.moe import fused
 from jax_grouped_gemm.quantized_weights import QUANTIZED_WEIGHTS
 
 T, D, F, E, K = 24, 32, 48, 3, 2
@@ -44,10 +45,21 @@ PERMUTATION = moe.sort_by_expert(EXPERTS, E)
 
 @pytest.fixture
 def small(monkeypatch):
-  """One CTA, of few warpgroups: the interpreter gives each a thread."""
-  config = Config(tile_n=64, cluster=1, num_stages=2, num_sms=1)
-  for name in ("m_grouped_config", "k_grouped_config"):
-    monkeypatch.setattr(tuning, name, lambda *args, **kwargs: config)
+  """Quantisation interpreted, by one warpgroup; the products are XLA's.
+
+  Those have tests of their own, and the interpreter takes seconds for each.
+  """
+
+  def by_xla(fn):
+    return lambda *args, **kw: fn(*args, **{**kw, "implementation": "xla"})
+
+  for module, name in (
+    (fused, "m_grouped_gemm"),
+    (sys.modules["jax_grouped_gemm.ragged_dot"], "m_grouped_gemm"),
+    (sys.modules["jax_grouped_gemm.ragged_dot"], "k_grouped_gemm"),
+  ):
+    monkeypatch.setattr(module, name, by_xla(getattr(module, name)))
+  monkeypatch.setattr(Unquantized, "_choose", lambda *_: "xla")
   monkeypatch.setattr(_quantize, "num_sms", lambda: 1)
   for kernel in (
     activation_backward,
@@ -68,7 +80,8 @@ def mlp(
   permutation=PERMUTATION,
   **kwargs,
 ):
-  kwargs = {"implementation": "interpret", "fuse": True, **kwargs}
+  kwargs = {"fuse": True, **kwargs}
+  kwargs.setdefault("implementation", "interpret" if kwargs["fuse"] else "xla")
   return moe.grouped_mlp(
     x,
     gate_up,
@@ -124,18 +137,11 @@ def with_gradients(run, *args):
 def test_is_the_unfused_mlp(recipe, activation, biases):
   run = functools.partial(mlp, recipe=recipe, activation=activation)
   args = X, *WEIGHTS, *biases
-  fused = with_gradients(run, *args)
+  got = with_gradients(run, *args)
   unfused = with_gradients(functools.partial(run, fuse=False), *args)
-  assert len(fused[1]) == len(args)
-  (equal if activation == "swiglu" else near)(fused, unfused)
-  equal(fused[0][int(PERMUTATION.group_sizes.sum()) :], 0)
-  # By other products, those of XLA.
-  near(
-    fused,
-    with_gradients(
-      functools.partial(run, fuse=False, implementation="xla"), *args
-    ),
-  )
+  assert len(got[1]) == len(args)
+  (equal if activation == "swiglu" else near)(got, unfused)
+  equal(got[0][int(PERMUTATION.group_sizes.sum()) :], 0)
 
 
 @interpreted
@@ -145,9 +151,9 @@ def test_without_a_permutation():
   equal(permutation, PERMUTATION)
   run = functools.partial(mlp, permutation=None)
   args = rows, *WEIGHTS
-  fused = with_gradients(run, *args)
-  equal(fused, with_gradients(functools.partial(run, fuse=False), *args))
-  equal(fused[0], mlp(X, *WEIGHTS))
+  got = with_gradients(run, *args)
+  equal(got, with_gradients(functools.partial(run, fuse=False), *args))
+  equal(got[0], mlp(X, *WEIGHTS))
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe.bf16()])
@@ -295,14 +301,14 @@ def layer(x, params, **kwargs):
 
 @interpreted
 def test_layer():
+  """None means the fused form, as the kernels compute."""
   params = moe.MoeParams(normal(D, E), *WEIGHTS)
-  run = functools.partial(layer, implementation="interpret")
-  equal(
-    *(
-      with_gradients(functools.partial(run, fuse=fuse), X, params)
-      for fuse in (None, False)
-    )
+  forms = dict(implementation="interpret"), dict(implementation="xla")
+  got, unfused = (
+    with_gradients(functools.partial(layer, **form), X, params)
+    for form in forms
   )
+  equal(got, unfused)
 
 
 def kernels_of(fn, *args):
@@ -325,18 +331,13 @@ def test_kernels_of_the_layer():
     )
   )
   run = functools.partial(layer, fuse=True, implementation="mosaic_gpu")
-  forward = {
+  loss = lambda *args: run(*args).astype(jnp.float32).sum()
+  assert kernels_of(jax.value_and_grad(loss, (0, 1)), x, params) == {
     "quantize_weights": 2,
     "quantize_gathered": 1,
     "quantize_swiglu": 1,
-    "m_grouped_gemm": 2,
-  }
-  assert kernels_of(run, x, params) == forward
-  loss = lambda *args: run(*args).astype(jnp.float32).sum()
-  assert kernels_of(jax.value_and_grad(loss, (0, 1)), x, params) == {
-    **forward,
     "m_grouped_gemm": 4,
-    "quantize_rows": 2,
+    "quantize_rows": 2,  # Of gradients.
     "quantize_tokens": 4,
     "swiglu_backward": 1,
     "k_grouped_gemm": 2,
@@ -348,7 +349,7 @@ def test_kernels_of_the_layer():
 
 def test_none_fuses_where_the_kernels_compute():
   def chosen(x=X, f=F, is_scaled=False, recipe=None, implementation=None):
-    return choose_fusion(
+    return fused.choose_fusion(
       None, x, f, is_scaled, recipe or Recipe(), implementation
     )
 
