@@ -1,5 +1,6 @@
-"""Times quantisation, whose time is that of moving bytes."""
+"""Times quantisation, and what is fused with it: the time to move bytes."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,10 +16,19 @@ from jax_grouped_gemm import (
   quantize_for_k_grouped,
   quantize_weights,
 )
+from jax_grouped_gemm.fused_quantization import (
+  activation_gradient,
+  quantize_activation,
+  quantize_gathered,
+)
+from jax_grouped_gemm.scaled_array import ScaledArray, expand_scales
 
 
 class Problem(NamedTuple):
-  """Rows or tokens (m, k), in blocks along k or m, or weights (g, k, n)."""
+  """Rows or tokens (m, k), in blocks along k or m, or weights (g, k, n).
+
+  Of an activation and its gradient, (m, f); of a gather, the gathered rows.
+  """
 
   set: str
   dims: tuple[int, ...]
@@ -38,20 +48,58 @@ SHAPES = {
     Problem("tokens", (65536, 2048)),
     Problem("weights", (8, 4096, 14336)),
     Problem("weights", (256, 2048, 768)),
+    *(
+      Problem(name, dims)
+      for name in ("activation", "activation_backward", "gather")
+      for dims in ((32768, 7168), (65536, 2048))
+    ),
   ],
   "smoke": [
     Problem("rows", (16, 256)),
     Problem("tokens", (50, 32)),
     Problem("weights", (1, 144, 64)),
+    Problem("activation", (16, 256)),
+    Problem("activation_backward", (16, 128)),
+    Problem("gather", (16, 256)),
   ],
 }
 PEERS = ("xla",)
 _GROUPS = 8  # of the tokens, ragged.
+_ACTIVATION = "swiglu"
+_COPIES = 8  # of each row that is gathered, in random order.
+# The hardware's exponential function is not the CPU's: a rounded activation may
+# be the neighbour, then its FP8 value too. That many may.
+_MAX_DIFFERENT = 0.01
 _COPY_BYTES = {"gpu": 2**30}  # read; far more than the L2 cache.
 _COPY_BYTES_ELSEWHERE = 2**20
 
 
+def _operands(problem: Problem):
+  """Returns normal random numbers, and what else the function takes."""
+  *batch, m, k = problem.dims
+  keys = jax.random.split(jax.random.key(0))
+  normal = lambda i, *shape: jax.random.normal(keys[i], shape, jnp.bfloat16)
+  if problem.set == "activation":
+    return (normal(0, m, 2 * k),)
+  if problem.set == "activation_backward":
+    return normal(0, m, 2 * k), normal(1, m, k)
+  if problem.set == "gather":
+    copies = jnp.arange(m, dtype=jnp.int32) // _COPIES
+    tokens = -(-m // _COPIES)
+    return normal(0, tokens, k), jax.random.permutation(keys[1], copies)
+  return (normal(0, *batch, m, k),)
+
+
 def _function(problem: Problem, implementation: str):
+  fused = {
+    "activation": lambda x, **kw: quantize_activation(x, _ACTIVATION, **kw),
+    "activation_backward": lambda x, dout, **kw: activation_gradient(
+      x, dout, _ACTIVATION, **kw
+    ),
+    "gather": quantize_gathered,
+  }
+  if problem.set in fused:
+    return functools.partial(fused[problem.set], implementation=implementation)
   if problem.set == "weights":
     return lambda w: quantize_weights(w, implementation=implementation)
   if problem.set == "tokens":
@@ -76,6 +124,44 @@ def _difference(out, expected) -> tuple[int, int]:
   return count, most
 
 
+def _is_near(out, expected) -> bool:
+  """Whether each element is at most a step of its type off."""
+  if isinstance(out, ScaledArray):
+    scales = expand_scales(expected.scales, expected.block_shape, out.shape)
+    step = 2.0**-9 * scales  # of the subnormal values.
+    relative = 2.0**-3
+    out, expected = out.dequantize(), expected.dequantize()
+  else:
+    # In float32 sums of numbers of up to 30 or so, before they are rounded.
+    step, relative = 1e-5, 2.0**-7
+  out, expected = np.float32(out), np.float32(expected)
+  bound = np.asarray(step) + relative * np.abs(expected)
+  return bool((np.abs(out - expected) <= bound).all())
+
+
+def _verify(problem: Problem, impl: str, out, expected) -> dict:
+  """Returns how many values or scales differ, and whether that is right."""
+  different, most = _difference(out, expected)
+  if problem.set.startswith("activation"):
+    size = sum(x.size for x in jax.tree.leaves(out))
+    few = different <= _MAX_DIFFERENT * size
+    return {"different": different, "verified": few and _is_near(out, expected)}
+  # A peer may round a few quotients to the neighbour.
+  return {
+    "different": different,
+    "verified": most <= (0 if impl == "ours" else 1),
+  }
+
+
+def _num_bytes(problem: Problem, operands, out) -> int:
+  """Read and written; a gathered row as often as it is copied."""
+  read = sum(x.nbytes for x in operands)
+  if problem.set == "gather":
+    x, index = operands
+    read = index.size * x.nbytes // x.shape[0] + index.nbytes
+  return read + sum(x.nbytes for x in jax.tree.leaves(out))
+
+
 def _copy_row(iterations: int) -> dict:
   """Checks and times x + 1, by XLA."""
   num_bytes = _COPY_BYTES.get(jax.default_backend(), _COPY_BYTES_ELSEWHERE)
@@ -95,27 +181,25 @@ def rows(problem: Problem, peers, iterations: int):
   copy = _copy_row(iterations)
   yield copy
   on_gpu = jax.default_backend() == "gpu"
-  x = jax.random.normal(jax.random.key(0), problem.dims, jnp.bfloat16)
+  operands = _operands(problem)
   # On a CPU XLA divides to the nearest, on a GPU it does not.
-  on_cpu = jax.device_put(x, jax.devices("cpu")[0])
-  expected = jax.jit(_function(problem, "xla"))(on_cpu)
+  on_cpu = jax.device_put(operands, jax.devices("cpu")[0])
+  expected = jax.jit(_function(problem, "xla"))(*on_cpu)
   for impl in ("ours", *peers):
     ours = "mosaic_gpu" if on_gpu else "interpret"
     fn = _function(problem, ours if impl == "ours" else impl)
-    out = jax.jit(fn)(x)
-    different, most = _difference(out, expected)
-    num_bytes = sum(a.nbytes for a in jax.tree.leaves((x, out)))
+    out = jax.jit(fn)(*operands)
+    checked = _verify(problem, impl, out, expected)
+    num_bytes = _num_bytes(problem, operands, out)
     del out
-    us = measure_us(fn, x, iterations=iterations)
+    us = measure_us(fn, *operands, iterations=iterations)
     gbps = num_bytes / us / 1e3
     yield {
       "impl": impl,
       "us": round(us, 2),
       "gbps": round(gbps, 1),
       "of_copy": round(gbps / copy["gbps"], 3),
-      "different": different,
-      # A peer may round a few quotients to the neighbour.
-      "verified": most <= (0 if impl == "ours" else 1),
+      **checked,
     }
 
 
@@ -146,7 +230,7 @@ def _line(row) -> str:
   """shape | us | GB/s | % of a copy | how many bits are wrong."""
   of_copy = 100 * row.get("of_copy", 1)
   return (
-    f"{row['set']:8} {row['shape']:16} {row['impl']:6} {row['us']:10.1f} us "
+    f"{row['set']:19} {row['shape']:16} {row['impl']:6} {row['us']:10.1f} us "
     f"{row['gbps']:7.1f} GB/s {of_copy:5.1f} % of copy "
     f"{row.get('different', 0)} differ{'' if row['verified'] else ' WRONG'}"
   )

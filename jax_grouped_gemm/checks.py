@@ -59,6 +59,27 @@ def unsupported_by_quantize_tokens(x) -> str | None:
   return _unsupported_input("f", x.shape[1], x.dtype)
 
 
+def unsupported_by_activation(gate_up) -> str | None:
+  """Returns what of gate_up (m, 2 f) the kernels do not activate."""
+  if gate_up.dtype != jnp.bfloat16:
+    return f"activates bfloat16, got {gate_up.dtype}"
+  return _unsupported_input("f", gate_up.shape[1] // 2, gate_up.dtype)
+
+
+def unsupported_by_gather(x) -> str | None:
+  """Returns what of the rows x (t, k) the kernel that gathers cannot do."""
+  return _unsupported_input("k", x.shape[1], x.dtype)
+
+
+def unsupported_by_fusion(x, f: int) -> str | None:
+  """Returns what of an MLP of x (m, d), f wide, cannot be fused."""
+  if x.dtype != jnp.bfloat16:
+    return f"needs x of bfloat16, got {x.dtype}"
+  return _unsupported_input("d", x.shape[1], x.dtype) or _unsupported_input(
+    "f", f, x.dtype
+  )
+
+
 def _unsupported_input(name: str, size: int, dtype) -> str | None:
   if size % _KERNEL_ALIGN:
     return (

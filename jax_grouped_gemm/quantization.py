@@ -4,6 +4,7 @@ Nothing here is differentiable; ragged_dot is.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -111,19 +112,26 @@ def _quantize_rows(x, *, interpret: bool, **static) -> ScaledArray:
     # Each group's rows are padded. Costs a copy, if there is anything to pad.
     x = jnp.pad(x, [(0, 0), (0, padding[-2]), (0, 0)])
   operand = x if interpret else implementations.cuda_only(x)
-  values, scales = vary_alike(
-    *quantize_kernel.quantize_rows(
-      operand.reshape(-1, k), interpret=interpret, **static
-    ),
-    x,
-  )[:2]
+  values, scales = quantize_kernel.quantize_rows(
+    operand.reshape(-1, k), interpret=interpret, **static
+  )
   stored = (*batch, m + padding[-2])
+  out = rows_of_kernel(values, scales, (math.prod(stored), k), x)
   return ScaledArray(
-    values.reshape(*stored, k + padding[-1]),
-    scales.T.reshape(*stored, -1)[..., :m, :],
-    (*(1 for _ in batch), 1, SCALE_BLOCK),
+    out.values.reshape(*stored, k + padding[-1]),
+    out.scales.reshape(*stored, -1)[..., :m, :],
+    (*(1 for _ in batch), *out.block_shape),
     padding,
   )
+
+
+def rows_of_kernel(values, scales, shape: tuple[int, int], x) -> ScaledArray:
+  """What a kernel that quantises rows returned, of x, as (m, k)."""
+  m, k = shape
+  # Pallas calls the results of kernels the same on all devices (jax 0.11.2).
+  values, scales, _ = vary_alike(values, scales, x)
+  padding = -m % ROW_ALIGN, -k % SCALE_BLOCK
+  return ScaledArray(values, scales.T[:m], (1, SCALE_BLOCK), padding)
 
 
 def quantize_weights(

@@ -5,11 +5,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jax_grouped_gemm import checks
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.scaled_array import ScaledArray
+
+# For the policies of jax.checkpoint: to keep the weights' quantised copy.
+QUANTIZED_WEIGHTS = "jax_grouped_gemm.quantized_weights"
 
 
 class QuantizedWeights(NamedTuple):
@@ -52,7 +56,15 @@ def check_quantized_weights(name: str, weights, shape) -> QuantizedWeights:
   return QuantizedWeights(*copies)
 
 
-def bitcast(weights: QuantizedWeights, dtype: DTypeLike) -> QuantizedWeights:
+def name_quantized_weights(weights: QuantizedWeights) -> QuantizedWeights:
+  """Returns them, under the name QUANTIZED_WEIGHTS for jax.checkpoint."""
+  # As bytes: policies of jax.checkpoint round what they keep as IEEE types,
+  # which damages float8_e4m3fn above 240 (jax 0.11.2).
+  kept = checkpoint_name(_bitcast(weights, jnp.uint8), QUANTIZED_WEIGHTS)
+  return _bitcast(kept, jnp.float8_e4m3fn)
+
+
+def _bitcast(weights: QuantizedWeights, dtype: DTypeLike) -> QuantizedWeights:
   """Returns the weights, the bits of their values read as another dtype."""
 
   def read(x):

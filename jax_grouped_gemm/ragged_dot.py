@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -24,14 +23,11 @@ from jax_grouped_gemm.quantization import (
 )
 from jax_grouped_gemm.quantized_weights import (
   QuantizedWeights,
-  bitcast,
   check_quantized_weights,
+  name_quantized_weights,
 )
-from jax_grouped_gemm.recipe import Recipe
+from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
-
-# For the policies of jax.checkpoint: to keep the weights' quantised copy.
-QUANTIZED_WEIGHTS = "jax_grouped_gemm.quantized_weights"
 
 
 def ragged_dot(
@@ -77,8 +73,7 @@ def ragged_dot(
       the result is one in the backward pass.
   """
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-  if not isinstance(recipe, Recipe):
-    raise TypeError(f"recipe must be a Recipe, got {recipe!r}")
+  check_recipe(recipe)
   implementations.check(implementation)
   _check_operands(lhs, rhs)
   quantized_lhs = checks.check_quantized_lhs(
@@ -168,11 +163,7 @@ def _ragged_dot_fwd(
 ):
   (rows, weights), recipe, dgrad_rhs = quantized, call.recipe, rhs
   if weights is None and recipe.quantizes_weights:
-    # As bytes: policies of jax.checkpoint round what they keep as IEEE types,
-    # which damages float8_e4m3fn above 240 (jax 0.11.2).
-    kept = bitcast(_quantize_weights(call, rhs), jnp.uint8)
-    kept = checkpoint_name(kept, QUANTIZED_WEIGHTS)
-    weights = bitcast(kept, jnp.float8_e4m3fn)
+    weights = name_quantized_weights(_quantize_weights(call, rhs))
   if recipe.dgrad == "fp8":
     dgrad_rhs = weights.dgrad
   out = _forward(call, lhs, rhs, (rows, weights), group_sizes, group_offset)

@@ -53,3 +53,9 @@ class Recipe:
   def bf16(cls) -> "Recipe":
     """Nothing is quantised."""
     return cls(forward="bf16", dgrad="bf16", wgrad="bf16")
+
+
+def check_recipe(recipe):
+  """Raises TypeError unless it is a Recipe."""
+  if not isinstance(recipe, Recipe):
+    raise TypeError(f"recipe must be a Recipe, got {recipe!r}")

@@ -17,7 +17,14 @@ def test_rows_are_verified_and_compared_with_a_copy(tmp_path):
   written = json.loads(path.read_text())["rows"]
   assert [(row["set"], row["impl"]) for row in written] == [
     (name, impl)
-    for name in ("rows", "tokens", "weights")
+    for name in (
+      "rows",
+      "tokens",
+      "weights",
+      "activation",
+      "activation_backward",
+      "gather",
+    )
     for impl in ("copy", "ours", "xla")
   ]
   copy, ours = written[:2]
@@ -26,6 +33,25 @@ def test_rows_are_verified_and_compared_with_a_copy(tmp_path):
   num_bytes = 16 * 256 * 3 + 16 * 2 * 4
   assert ours["gbps"] == pytest.approx(num_bytes / ours["us"] / 1e3, abs=0.06)
   assert all(row["verified"] and not row.get("different") for row in written)
+  # Each copy of a row counts as read, and its index.
+  gather = written[-2]
+  num_bytes += 16 * 4
+  assert gather["gbps"] == pytest.approx(
+    num_bytes / gather["us"] / 1e3, abs=0.1
+  )
+
+
+def test_a_wrong_activation_is_noticed():
+  problem = quantize.Problem("activation", (16, 256))
+  (x,) = quantize._operands(problem)
+  fn = quantize._function(problem, "xla")
+  right = fn(x)
+  verify = lambda out: quantize._verify(problem, "ours", out, right)
+  assert verify(right) == {"different": 0, "verified": True}
+  # One element that is wrong, and all a little.
+  wrong = fn(x.at[3, 5].set(9.0))
+  assert not verify(wrong)["verified"]
+  assert not verify(fn(x * 1.01))["verified"]
 
 
 def test_wrong_bits_are_counted():

@@ -65,6 +65,13 @@ def launch(kernel, *, name: str, wgs: int, num_tiles: int, interpret, **types):
   )
 
 
+def at_least(x, rows: int, cols: int):
+  """Pads x (m, ..., k) with zeros: slices are not larger than their array."""
+  missing = max(0, rows - x.shape[0]), max(0, cols - x.shape[-1])
+  between = [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, [(0, missing[0]), *between, (0, missing[1])])
+
+
 def row_layout(dtype: DTypeLike):
   """Registers of (rows, 128): each thread has 16 bytes of neighbours in a row.
 
@@ -98,6 +105,19 @@ def load_tile(ref, layout, interpret: bool):
     return mgpu.FragmentedArray.load_untiled(ref, layout=layout.to_mgpu())
 
   return load(ref)
+
+
+def store_tile(ref, x, layout, interpret: bool):
+  """Writes (rows, 128) to SMEM that is not swizzled, as load_tile reads it."""
+  if interpret:  # It cannot run what is inlined.
+    ref[...] = x
+    return
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+  def store(_, ref, x):
+    x.store_untiled(ref)
+
+  store(ref, x)
 
 
 def load_transposed(ref, offset, interpret: bool):

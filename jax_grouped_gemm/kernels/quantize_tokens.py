@@ -119,10 +119,10 @@ def quantize_tokens(
   A size is at most 128, and may be 0. f is a multiple of 16, f_stored one of 8.
   """
   t, f = x.shape
-  # TMA wants whole swizzled tiles, and slices of an array are not larger than
-  # it: a copy of x, unless its sizes are multiples of 8 and 64.
-  missing = max(-t % ROW_ALIGN, _ROWS - t), -f % WGMMA_M
-  x = jnp.pad(x, [(0, count) for count in missing])
+  # TMA wants whole swizzled tiles: a copy of x, unless its sizes are multiples
+  # of 8 and 64.
+  x = jnp.pad(x, ((0, -t % ROW_ALIGN), (0, -f % WGMMA_M)))
+  x = _quantize.at_least(x, _ROWS, WGMMA_M)
   f_stored = max(WGMMA_M, pl.cdiv(f, ROW_ALIGN) * ROW_ALIGN)
   blocks, tiles = first.shape[0], pl.cdiv(f, WGMMA_M)
   slots = _WGS, _SLOTS

@@ -4,8 +4,7 @@ Each stage is a function of its own, so that a fused one can take its place and
 be compared with it.
 """
 
-import functools
-from typing import Literal
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +12,23 @@ from jaxtyping import Array, Float, Int
 
 from jax_grouped_gemm import checks
 from jax_grouped_gemm.config import SCALE_BLOCK
+from jax_grouped_gemm.fused_quantization import ACTIVATIONS
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.moe.activation import Activation
 from jax_grouped_gemm.moe.bias import add_bias
-from jax_grouped_gemm.ops import m_grouped_gemm
-from jax_grouped_gemm.quantization import quantize_rows
-from jax_grouped_gemm.ragged_dot import QUANTIZED_WEIGHTS, ragged_dot
+from jax_grouped_gemm.moe.fused import (
+  Activated,
+  Dispatched,
+  Product,
+  Rows,
+  choose_fusion,
+)
+from jax_grouped_gemm.moe.permutation import Permutation
+from jax_grouped_gemm.quantized_weights import QUANTIZED_WEIGHTS
 from jax_grouped_gemm.recipe import Recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
 
-# Of gpt-oss: the slope of its sigmoid, and where it clamps.
-_CLAMPED_ALPHA = 1.702
-_CLAMPED_LIMIT = 7.0
-
-Activation = Literal["swiglu", "geglu", "swiglu_clamped"]
 Weights = Float[Array, "g in out"] | ScaledArray
 
 
@@ -40,14 +42,17 @@ def grouped_mlp(
   gate_up_bias: Float[Array, "g 2*f"] | None = None,
   down_bias: Float[Array, "g d"] | None = None,
   recipe: Recipe = Recipe(),  # noqa: B008, immutable.
+  permutation: Permutation | None = None,
   rematerialize: bool = False,
   quantized_x: ScaledArray | None = None,
+  fuse: bool | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "m d"]:
   """out[r] = activation(x[r] @ gate_up[g] + bias) @ down[g] + bias, r in g.
 
   x (m, d) -> (m, d), rows sorted by group as in ragged_dot. Rows at or past the
-  sum of the sizes are zero; what x has there changes nothing.
+  sum of the sizes are zero; what x has there changes nothing. With a
+  permutation x is (t, d), and its copies, (t * top_k, d), take its place.
 
   The first product gives f columns `gate` and then f columns `up`. In float32:
 
@@ -62,7 +67,7 @@ def grouped_mlp(
   output features first.
 
   Args:
-    x: a row per token copy.
+    x: a row per token copy; with a permutation, a row per token.
     gate_up: (g, d, 2 f) floats, or a ScaledArray (g, 2 f, d).
     down: (g, f, d) floats, or a ScaledArray (g, d, f).
     group_sizes: rows of each group.
@@ -71,9 +76,17 @@ def grouped_mlp(
     down_bias: (g, d), the same.
     recipe: of float weights, as in ragged_dot; with ScaledArrays, whose
       products are FP8, only its power_of_two_scales counts.
+    permutation: as dispatch sorts copies of tokens. Passed here, where it can
+      be part of their quantisation.
     rematerialize: whether the backward pass computes the activation, and
-      quantises it, once more, instead of keeping it from the forward pass.
-    quantized_x: quantize(x, (1, 128)), as ragged_dot's quantized_lhs.
+      quantises it, once more, instead of keeping it from the forward pass. What
+      is fused always does.
+    quantized_x: quantize(x, (1, 128)), as ragged_dot's quantized_lhs; not with
+      a permutation.
+    fuse: whether copying and activation are part of the quantisation for the
+      products, so that they are not written in between. None: where the kernels
+      compute, FP8 products of bfloat16 x, d and f multiples of 16. True demands
+      it.
     implementation: as in ragged_dot.
   """
   x = jnp.asarray(x)
@@ -82,132 +95,36 @@ def grouped_mlp(
   g, d, f = gate_up.shape[0], x.shape[1], _hidden(down, is_scaled)
   gate_up_bias = _check_bias("gate_up_bias", gate_up_bias, (g, 2 * f))
   down_bias = _check_bias("down_bias", down_bias, (g, d))
-  if activation not in _ACTIVATIONS:
+  if activation not in ACTIVATIONS:
     raise ValueError(
-      f"activation must be one of {tuple(_ACTIVATIONS)}, got {activation!r}"
+      f"activation must be one of {ACTIVATIONS}, got {activation!r}"
     )
+  m = x.shape[0] if permutation is None else _check_permutation(permutation, x)
+  group_sizes, _ = check_group_sizes(group_sizes, m, g)
+  is_fused = choose_fusion(fuse, x, f, is_scaled, recipe, implementation)
+  dot = Product(recipe, implementation, is_fused)
   quantized_x = checks.check_quantized_lhs("quantized_x", quantized_x, x.shape)
-  group_sizes, _ = check_group_sizes(group_sizes, x.shape[0], g)
-  x, gate_up, down, gate_up_bias, down_bias, group_sizes, quantized_x = (
-    vary_alike(
-      *(x, gate_up, down, gate_up_bias, down_bias, group_sizes, quantized_x)
-    )
+  if quantized_x is not None and permutation is not None:
+    raise ValueError("quantized_x and permutation cannot both be given")
+  copies = Rows() if permutation is None else Dispatched()
+  index = quantized_x if permutation is None else permutation
+  x, index, gate_up, down, gate_up_bias, down_bias, group_sizes = vary_alike(
+    x, index, gate_up, down, gate_up_bias, down_bias, group_sizes
   )
-  if is_scaled:
-    # Its backward pass says that there is none.
-    dot = functools.partial(_serve, recipe, implementation)
-  else:
-    dot = functools.partial(
-      ragged_dot,
-      preferred_element_type=x.dtype,
-      recipe=recipe,
-      implementation=implementation,
-    )
 
   def rest(hidden, gate_up_bias, down, down_bias, group_sizes):
     hidden = add_bias(hidden, gate_up_bias, group_sizes)
-    hidden = activate(hidden, activation)
-    return add_bias(dot(hidden, down, group_sizes), down_bias, group_sizes)
+    out = dot(Activated(activation), hidden, down, group_sizes)
+    return add_bias(out, down_bias, group_sizes)
 
-  if rematerialize:
+  if rematerialize and not is_fused:
     keep_weights = jax.checkpoint_policies.save_only_these_names(
       QUANTIZED_WEIGHTS
     )
     rest = jax.checkpoint(rest, policy=keep_weights)
-  hidden = dot(x, gate_up, group_sizes, quantized_lhs=quantized_x)
+  hidden = dot(copies, x, gate_up, group_sizes, index)
   return rest(hidden, gate_up_bias, down, down_bias, group_sizes)
 
-
-# ---------------------------------------------------------------- activations
-
-
-def activate(
-  gate_up: Float[Array, "m 2*f"], activation: Activation = "swiglu"
-) -> Float[Array, "m f"]:
-  """out = activation(gate, up) of gate_up (m, 2 f), as grouped_mlp says.
-
-  For the backward pass gate_up is kept, nothing else.
-  """
-  return _activate(activation, gate_up)
-
-
-def _swiglu(gate, up):
-  return jax.nn.silu(gate) * up
-
-
-def _geglu(gate, up):
-  return jax.nn.gelu(gate, approximate=False) * up
-
-
-def _swiglu_clamped(gate, up):
-  gate = jnp.minimum(gate, _CLAMPED_LIMIT)
-  up = jnp.clip(up, -_CLAMPED_LIMIT, _CLAMPED_LIMIT)
-  return gate * jax.nn.sigmoid(_CLAMPED_ALPHA * gate) * (up + 1)
-
-
-_ACTIVATIONS = {
-  "swiglu": _swiglu,
-  "geglu": _geglu,
-  "swiglu_clamped": _swiglu_clamped,
-}
-
-
-def _compute_activation(activation, gate_up):
-  wide = gate_up.astype(jnp.promote_types(gate_up.dtype, jnp.float32))
-  gate, up = jnp.split(wide, 2, axis=-1)
-  return _ACTIVATIONS[activation](gate, up).astype(gate_up.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _activate(activation, gate_up):
-  return _compute_activation(activation, gate_up)
-
-
-def _activate_fwd(activation, gate_up):
-  return _compute_activation(activation, gate_up), gate_up
-
-
-def _activate_bwd(activation, gate_up, dout):
-  compute = functools.partial(_compute_activation, activation)
-  return jax.vjp(compute, gate_up)[1](dout)
-
-
-_activate.defvjp(_activate_fwd, _activate_bwd)
-
-# ---------------------------------------------------------------- serving
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _serve(
-  recipe: Recipe, implementation, x, weights, group_sizes, quantized_lhs=None
-):
-  """out[r] = x[r] @ weights[group of r].T, x quantised, weights (g, n, k)."""
-  out_dtype = x.dtype if x.dtype == jnp.bfloat16 else jnp.float32
-  if quantized_lhs is None:
-    quantized_lhs = quantize_rows(
-      x,
-      power_of_two_scales=recipe.power_of_two_scales,
-      implementation=implementation,
-    )
-  return m_grouped_gemm(
-    quantized_lhs,
-    weights,
-    group_sizes,
-    preferred_element_type=out_dtype,
-    implementation=implementation,
-  ).astype(x.dtype)
-
-
-def _refuse_gradient(
-  recipe, implementation, x, weights, group_sizes, quantized_lhs
-):
-  raise NotImplementedError(
-    "ScaledArray weights have no gradient, nor has what is multiplied by them; "
-    "train with float weights, which a recipe quantises"
-  )
-
-
-_serve.defvjp(_refuse_gradient, _refuse_gradient)
 
 # ---------------------------------------------------------------- checks
 
@@ -247,6 +164,22 @@ def _check_weights(x, gate_up, down, is_scaled: bool):
       f"{down.shape}"
     )
   return gate_up, down
+
+
+def _check_permutation(permutation: Permutation, x) -> int:
+  """Returns how many copies there are of the rows of x."""
+  shape = jnp.shape(permutation.inverse)
+  rows = math.prod(shape)
+  if (
+    len(shape) != 2
+    or shape[0] != x.shape[0]
+    or jnp.shape(permutation.order) != (rows,)
+  ):
+    raise ValueError(
+      "permutation must have inverse (t, top_k) and order (t * top_k,), t = "
+      f"{x.shape[0]} as x, got {shape} and {jnp.shape(permutation.order)}"
+    )
+  return rows
 
 
 def _check_bias(name: str, bias, shape):

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from jax_grouped_gemm.moe.activation import Activation
 from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
-from jax_grouped_gemm.moe.grouped_mlp import Activation, Weights, grouped_mlp
-from jax_grouped_gemm.moe.permutation import combine, dispatch
+from jax_grouped_gemm.moe.grouped_mlp import Weights, grouped_mlp
+from jax_grouped_gemm.moe.permutation import combine, sort_by_expert
 from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
 from jax_grouped_gemm.quantization import quantize_rows
 from jax_grouped_gemm.recipe import Recipe
@@ -71,6 +72,7 @@ def moe_layer(
   activation: Activation = "swiglu",
   recipe: Recipe = Recipe(),  # noqa: B008, immutable.
   rematerialize: bool = False,
+  fuse: bool | None = None,
   parallel: ExpertParallel | None = None,
   implementation: str | None = None,
 ) -> MoeOutput:
@@ -92,6 +94,7 @@ def moe_layer(
     activation: as in grouped_mlp.
     recipe: the same.
     rematerialize: the same.
+    fuse: the same.
     parallel: how the experts are spread over devices, for calls inside
       jax.shard_map: x and the experts' parameters are then the device's own,
       router, router_bias and expert_bias those of all experts.
@@ -113,7 +116,7 @@ def moe_layer(
     axis_name=() if parallel is None else parallel.token_axes,
   )
 
-  def experts(rows, group_sizes, quantized=None):
+  def experts(rows, group_sizes, quantized=None, permutation=None):
     return grouped_mlp(
       rows,
       params.gate_up,
@@ -123,16 +126,19 @@ def moe_layer(
       gate_up_bias=params.gate_up_bias,
       down_bias=params.down_bias,
       recipe=recipe,
+      permutation=permutation,
       rematerialize=rematerialize,
       quantized_x=quantized,
+      fuse=fuse,
       implementation=implementation,
     )
 
   num_experts = params.router.shape[1]
   if parallel is None:
-    rows, permutation = dispatch(rows, routing.experts, num_experts)
+    # Copied on the way into the first product.
+    permutation = sort_by_expert(routing.experts, num_experts)
     group_sizes, dropped = permutation.group_sizes, jnp.zeros((), jnp.int32)
-    rows = experts(rows, group_sizes)
+    rows = experts(rows, group_sizes, permutation=permutation)
     out = combine(rows, routing.weights, permutation, x.dtype)
   else:
     is_scaled = isinstance(params.gate_up, ScaledArray)

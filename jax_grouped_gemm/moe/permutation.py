@@ -60,11 +60,9 @@ def dispatch(
       "x must be (tokens, d) and experts (tokens, top_k), got "
       f"{x.shape} and {experts.shape}"
     )
-  if not jnp.issubdtype(experts.dtype, jnp.integer):
-    raise TypeError(f"experts must be integers, got {experts.dtype}")
   x, experts = vary_alike(x, experts)
-  permutation = _sort(experts, num_experts)
-  return _gather_copies(x, *permutation[:2]), permutation
+  permutation = sort_by_expert(experts, num_experts)
+  return gather_copies(x, permutation), permutation
 
 
 def dispatch_quantized(x: ScaledArray, permutation: Permutation) -> ScaledArray:
@@ -74,7 +72,15 @@ def dispatch_quantized(x: ScaledArray, permutation: Permutation) -> ScaledArray:
   return ScaledArray(x.values[token], x.scales[token], x.block_shape, padding)
 
 
-def _sort(experts: Int[Array, "t top_k"], num_experts: int) -> Permutation:
+def sort_by_expert(
+  experts: Int[Array, "t top_k"], num_experts: int
+) -> Permutation:
+  """How `dispatch` sorts the copies of tokens that go to these experts."""
+  experts = jnp.asarray(experts)
+  if experts.ndim != 2:
+    raise ValueError(f"experts must be (tokens, top_k), got {experts.shape}")
+  if not jnp.issubdtype(experts.dtype, jnp.integer):
+    raise TypeError(f"experts must be integers, got {experts.dtype}")
   inside = (experts >= 0) & (experts < num_experts)
   keys = jnp.where(inside, experts, num_experts).astype(jnp.int32)
   copies = lax.iota(jnp.int32, keys.size)
@@ -85,6 +91,13 @@ def _sort(experts: Int[Array, "t top_k"], num_experts: int) -> Permutation:
   return Permutation(
     order, inverse.reshape(experts.shape), count(keys, num_experts)
   )
+
+
+def gather_copies(
+  x: Float[Array, "t d"], permutation: Permutation
+) -> Float[Array, "t*top_k d"]:
+  """The rows that `dispatch` returns, given how they are sorted."""
+  return _gather_copies(*vary_alike(x, permutation.order, permutation.inverse))
 
 
 @jax.custom_vjp

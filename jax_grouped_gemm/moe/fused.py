@@ -1,0 +1,266 @@
+"""Products whose lhs is quantised as it is made, without a copy in between.
+
+What makes lhs of its operand, an activation or a gather of rows, is its
+prologue. Only the quantised rows of lhs are written in the forward pass; the
+backward pass makes lhs once more, for the gradient of rhs. Without fusion, a
+prologue is applied, and ragged_dot multiplies what it gives.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jax_grouped_gemm import checks, manual_axes
+from jax_grouped_gemm import implementation as implementations
+from jax_grouped_gemm.fused_quantization import (
+  quantize_activation,
+  quantize_gathered,
+)
+from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.moe.activation import Activation, activate
+from jax_grouped_gemm.moe.permutation import Permutation, gather_copies
+from jax_grouped_gemm.ops import m_grouped_gemm
+from jax_grouped_gemm.quantization import (
+  quantize_rows,
+  quantize_weights,
+  where_supported,
+)
+from jax_grouped_gemm.quantized_weights import (
+  QuantizedWeights,
+  name_quantized_weights,
+)
+from jax_grouped_gemm.ragged_dot import ragged_dot
+from jax_grouped_gemm.recipe import Recipe, check_recipe
+from jax_grouped_gemm.scaled_array import ScaledArray
+
+
+class Prologue(Protocol):
+  """How lhs is made; static, hashable. `index` is data of its own."""
+
+  def apply(self, x, index, implementation: str | None) -> Float[Array, "m k"]:
+    """Returns lhs, differentiable in x."""
+
+  def quantize(self, x, index, **options) -> ScaledArray:
+    """Returns lhs in blocks of (1, 128), with the options of quantize."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """lhs = x; `index` is quantize(x, (1, 128)), where the caller has it."""
+
+  def apply(self, x, index, implementation):
+    """Part of the protocol."""
+    return x
+
+  def quantize(self, x, index: ScaledArray | None, **options):
+    """Part of the protocol; not fused with anything."""
+    return quantize_rows(x, **options) if index is None else index
+
+
+@dataclasses.dataclass(frozen=True)
+class Activated:
+  """lhs = activation(gate, up), x = [gate, up]."""
+
+  activation: Activation
+
+  def apply(self, x, index, implementation):
+    """Part of the protocol."""
+    return activate(x, self.activation, implementation=implementation)
+
+  def quantize(self, x, index, **options):
+    """Part of the protocol."""
+    return quantize_activation(x, self.activation, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+  """lhs = copies of the rows of x, as `index`, a Permutation, sorts them."""
+
+  def apply(self, x, index: Permutation, implementation):
+    """Part of the protocol."""
+    return gather_copies(x, index)
+
+  def quantize(self, x, index: Permutation, **options):
+    """Part of the protocol."""
+    return quantize_gathered(
+      x, index.order // index.inverse.shape[1], **options
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """out[r] = lhs[r] @ rhs[group of r], lhs made of x by the prologue.
+
+  Attributes:
+    recipe: as in ragged_dot; with ScaledArrays as rhs, whose products are FP8,
+      only its power_of_two_scales counts.
+    implementation: as in ragged_dot.
+    fuse: whether the prologue is part of the quantisation.
+  """
+
+  recipe: Recipe
+  implementation: str | None
+  fuse: bool
+
+  def __call__(
+    self,
+    prologue: Prologue,
+    x: Float[Array, "..."],
+    rhs: Float[Array, "g k n"] | ScaledArray,
+    group_sizes: Int[Array, "g"],
+    index: Any = None,
+  ) -> Float[Array, "m n"]:
+    """Returns out in x's dtype; rhs is (g, n, k) if it is a ScaledArray."""
+    fuse = self.fuse and prologue != Rows()
+    if not fuse and prologue != Rows():
+      x = prologue.apply(x, index, "xla")
+      prologue, index = Rows(), None
+    x, index, rhs, group_sizes = vary_alike(x, index, rhs, group_sizes)
+    if isinstance(rhs, ScaledArray):
+      # Its backward pass says that there is none.
+      return _serve(_Call(self, prologue, None), x, index, rhs, group_sizes)
+    if not fuse:
+      return ragged_dot(
+        x,
+        rhs,
+        group_sizes,
+        preferred_element_type=x.dtype,
+        recipe=self.recipe,
+        quantized_lhs=index,
+        implementation=self.implementation,
+      )
+    weights = quantize_weights(
+      lax.stop_gradient(rhs),
+      power_of_two_scales=self.recipe.power_of_two_scales,
+      implementation=where_supported(
+        self.implementation, checks.unsupported_by_quantize_weights(rhs)
+      ),
+    )
+    call = _Call(self, prologue, rhs.dtype)
+    return _fused_dot(
+      call, x, index, rhs, name_quantized_weights(weights), group_sizes
+    )
+
+
+def choose_fusion(
+  fuse: bool | None,
+  x: Float[Array, "m d"],
+  f: int,
+  is_scaled: bool,
+  recipe: Recipe,
+  implementation: str | None,
+) -> bool:
+  """Returns whether to fuse; NotImplementedError if it must be and cannot."""
+  if fuse not in (None, True, False):
+    raise ValueError(f"fuse must be None, True or False, got {fuse!r}")
+  implementations.check(implementation)
+  check_recipe(recipe)
+  if fuse is False:
+    return False
+  unsupported = None
+  if not is_scaled and recipe.forward != "fp8":
+    unsupported = f"needs FP8 products in the forward pass, got {recipe}"
+  unsupported = unsupported or checks.unsupported_by_fusion(x, f)
+  if unsupported is None:
+    chosen = implementations.choose(implementation, None)
+    if chosen == "xla":
+      unsupported = f"needs the kernels, got {implementation=}"
+      if implementation is None:
+        unsupported += ", which on this device means 'xla'"
+  if fuse and unsupported:
+    raise NotImplementedError(f"fuse=True {unsupported}; fuse=None need not")
+  return unsupported is None
+
+
+# ---------------------------------------------------------------- products
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """What is static in a product."""
+
+  product: Product
+  prologue: Prologue
+  rhs_dtype: DTypeLike | None
+
+
+def _multiply(call: _Call, x, index, weights: ScaledArray, group_sizes):
+  """out[r] = lhs[r] @ weights[group of r].T, weights (g, n, k)."""
+  product = call.product
+  out_dtype = x.dtype if x.dtype == jnp.bfloat16 else jnp.float32
+  lhs = call.prologue.quantize(
+    x,
+    index,
+    power_of_two_scales=product.recipe.power_of_two_scales,
+    implementation=product.implementation,
+  )
+  return m_grouped_gemm(
+    lhs,
+    weights,
+    group_sizes,
+    preferred_element_type=out_dtype,
+    implementation=product.implementation,
+  ).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_dot(call: _Call, x, index, rhs, weights, group_sizes):
+  return _multiply(call, x, index, weights.forward, group_sizes)
+
+
+def _fused_dot_fwd(call: _Call, x, index, rhs, weights, group_sizes):
+  out = _fused_dot(call, x, index, rhs, weights, group_sizes)
+  kept = rhs if call.product.recipe.dgrad == "bf16" else None
+  return out, (x, index, kept, weights.dgrad, group_sizes)
+
+
+def _fused_dot_bwd(call: _Call, residuals, dout):
+  dx, drhs = _gradients(call, *residuals, dout)
+  return dx, None, drhs, None, None
+
+
+# Of the forward pass it takes part in nothing but lhs: XLA leaves out the rest.
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(call: _Call, x, index, rhs, dgrad: ScaledArray, sizes, dout):
+  """Those of x and rhs, by ragged_dot's backward pass and the prologue's."""
+  product = call.product
+  if rhs is None:  # Its FP8 copy is multiplied in its place.
+    rhs = manual_axes.zeros(dgrad.shape, call.rhs_dtype, dgrad.values)
+
+  def unfused(x, rhs):
+    lhs = call.prologue.apply(x, index, product.implementation)
+    return ragged_dot(
+      lhs,
+      rhs,
+      sizes,
+      preferred_element_type=lhs.dtype,
+      recipe=product.recipe,
+      quantized_rhs=QuantizedWeights(dgrad.mT, dgrad),
+      implementation=product.implementation,
+    )
+
+  return jax.vjp(unfused, x, rhs)[1](dout)
+
+
+_fused_dot.defvjp(_fused_dot_fwd, _fused_dot_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _serve(call: _Call, x, index, weights, group_sizes):
+  return _multiply(call, x, index, weights, group_sizes)
+
+
+def _refuse_gradient(call, *args):
+  raise NotImplementedError(
+    "ScaledArray weights have no gradient, nor has what is multiplied by them; "
+    "train with float weights, which a recipe quantises"
+  )
+
+
+_serve.defvjp(_refuse_gradient, _refuse_gradient)
