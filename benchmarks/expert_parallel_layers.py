@@ -171,7 +171,7 @@ def _normal(mesh: Mesh, seed: int, count: int, shape, scale: float):
 def quantized(mesh: Mesh, params: moe.MoeParams) -> moe.MoeParams:
   """One expert at a time: all of them in float32 do not fit."""
   scaled = lambda w: lax.map(lambda w: quantize(w.T, (128, 128)), w)
-  scale = jax.jit(on_devices(mesh, scaled, SPLIT), donate_argnums=0)
+  scale = jax.jit(on_devices(mesh, scaled, SPLIT))
   return params._replace(gate_up=scale(params.gate_up), down=scale(params.down))
 
 

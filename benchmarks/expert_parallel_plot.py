@@ -29,6 +29,12 @@ def plot(source: Path, target: Path) -> int:
     "time of each stage alone / time of the whole layer; "
     f"{most} x {result['device']}, {result['date']}"
   )
+  figure.legend(
+    *bars.get_legend_handles_labels(),
+    loc="outside lower center",
+    ncols=len(STAGES),
+    fontsize=7,
+  )
   figure.savefig(target, dpi=110)
   print(target)
   return 0
@@ -42,14 +48,21 @@ def _draw_scaling(axes, rows):
       lines.setdefault(label, []).append((row["devices"], row["efficiency"]))
   for i, (label, points) in enumerate(lines.items()):
     style = "--" if "zipf" in label else "-"
-    axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{i // 2}")
-    axes.lines[-1].set_label(label)
+    axes.plot(
+      *zip(*points, strict=True),
+      style,
+      marker="o",
+      color=f"C{i // 2}",
+      label=label,
+    )
+  counts = sorted({row["devices"] for row in rows})
   axes.set_xscale("log", base=2)
+  axes.set_xticks(counts, counts)
   axes.set_ylim(0, 1.1)
   axes.axhline(1, color="black", linewidth=0.8)
   axes.set_xlabel("devices, each with as many tokens")
   axes.set_ylabel("time on one device / time on all")
-  axes.legend(fontsize=6)
+  axes.legend(fontsize=6, handlelength=5)
 
 
 def _draw_stages(axes, rows):
@@ -67,4 +80,3 @@ def _draw_stages(axes, rows):
   axes.invert_yaxis()
   axes.margins(x=0.15)
   axes.set_title("vertical lines: the bound", fontsize=8)
-  axes.legend(fontsize=7)
