@@ -72,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
   command.add_argument("--iterations", type=int, default=20)
   command.add_argument("--json", type=Path, help="default: in results/")
   command.add_argument("--jobs", type=int, default=1, help="that compile")
+  command.add_argument(
+    "--no-stages",
+    dest="stages",
+    action="store_false",
+    help="moe_layer: whole layers only",
+  )
   command = commands.add_parser("tune", help="find the fastest configs")
   command.add_argument("--shapes", nargs="+", default=["deepgemm"])
   command.add_argument(

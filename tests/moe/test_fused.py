@@ -15,8 +15,6 @@ from jax_grouped_gemm.kernels import (
   _quantize,
   activation_backward,
   gather,
-  quantize_tokens,
-  quantize_weights,
 )
 from jax_grouped_gemm.kernels import quantize as quantize_rows
 from jax_grouped_gemm.kernels.unquantized import Unquantized
@@ -45,29 +43,22 @@ PERMUTATION = moe.sort_by_expert(EXPERTS, E)
 
 @pytest.fixture
 def small(monkeypatch):
-  """Quantisation interpreted, by one warpgroup; the products are XLA's.
+  """What fuses is interpreted, by one warpgroup; the rest is XLA's.
 
-  Those have tests of their own, and the interpreter takes seconds for each.
+  It has tests of its own, and the interpreter takes seconds for each kernel.
   """
 
   def by_xla(fn):
     return lambda *args, **kw: fn(*args, **{**kw, "implementation": "xla"})
 
-  for module, name in (
-    (fused, "m_grouped_gemm"),
-    (sys.modules["jax_grouped_gemm.ragged_dot"], "m_grouped_gemm"),
-    (sys.modules["jax_grouped_gemm.ragged_dot"], "k_grouped_gemm"),
-  ):
-    monkeypatch.setattr(module, name, by_xla(getattr(module, name)))
+  names = ("m_grouped_gemm", "k_grouped_gemm", "quantize", "quantize_weights")
+  for module in (fused, sys.modules["jax_grouped_gemm.ragged_dot"]):
+    for name in (*names, "quantize_for_k_grouped"):
+      if hasattr(module, name):
+        monkeypatch.setattr(module, name, by_xla(getattr(module, name)))
   monkeypatch.setattr(Unquantized, "_choose", lambda *_: "xla")
   monkeypatch.setattr(_quantize, "num_sms", lambda: 1)
-  for kernel in (
-    activation_backward,
-    gather,
-    quantize_rows,
-    quantize_tokens,
-    quantize_weights,
-  ):
+  for kernel in (activation_backward, gather, quantize_rows):
     monkeypatch.setattr(kernel, "_WGS", 1)
 
 
