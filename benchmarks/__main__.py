@@ -88,6 +88,12 @@ def main(argv: list[str] | None = None) -> int:
   command.add_argument(
     "--devices", nargs="+", type=int, help="of expert_parallel; default: all"
   )
+  command.add_argument(
+    "--no-stages",
+    dest="stages",
+    action="store_false",
+    help="moe_layer: whole layers only",
+  )
   command = commands.add_parser("tune", help="find the fastest configs")
   command.add_argument("--shapes", nargs="+", default=["deepgemm"])
   command.add_argument(

@@ -3,10 +3,12 @@
 The sets are "forward" (weights already in FP8, as in serving), "decode" (the
 same, few tokens) and "forward_backward" (float weights; gradients of tokens and
 of all weights). Tokens are normal random numbers, routed by a random router.
+"ours_unfused" writes token copies and activations before it quantises them.
 """
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,29 +17,32 @@ import jax.numpy as jnp
 from jax import lax
 from tqdm import tqdm
 
+from benchmarks import moe_stages
+from benchmarks.moe_stages import route
 from benchmarks.run import RESULTS, short_name, versions, write
 from benchmarks.shapes import MODELS
-from benchmarks.timing import measure_us
-from jax_grouped_gemm import Recipe, m_grouped_gemm, moe, quantize, ragged_dot
+from benchmarks.timing import Program
+from jax_grouped_gemm import Recipe, moe, quantize
 
-IMPLS = ("ours", "ours_bf16", "lax_ragged_dot")
-STAGES = (
-  "route",
-  "dispatch",
-  "quantize rows",
-  "gate/up",
-  "activation",
-  "quantize hidden",
-  "down",
-  "combine",
-)
-_GEMMS = ("gate/up", "down")
+IMPLS = ("ours", "ours_unfused", "ours_bf16", "lax_ragged_dot")
 _CHECKED_TOKENS = 16
 # Largest |row - row of the reference| / |row of the reference|. As in
 # tests/test_gpu.py, a product of two FP8 factors is off by at most 2^-3 of
 # itself, one of bf16 factors by 2^-7, and random signs make less of a sum of
 # them; but there are two products one after the other.
-_MAX_ROW_ERROR = {"ours": 2**-2, "ours_bf16": 2**-6, "lax_ragged_dot": 2**-6}
+_MAX_ROW_ERROR = {
+  "ours": 2**-2,
+  "ours_unfused": 2**-2,
+  "ours_bf16": 2**-6,
+  "lax_ragged_dot": 2**-6,
+}
+# Kind -> part of a kernel's name; the first that fits. What is left are XLA's.
+_KINDS = {
+  "GEMMs": r"[mk]_grouped|small_groups",
+  "quantisation": r"quantize_\w+_sm90",
+  "activation gradient": r"_backward_sm90",
+  "others": "",
+}
 # It multiplies all rows by all groups: seconds a call.
 _DENSE_ITERATIONS = 3
 
@@ -145,10 +150,15 @@ def _options(problem: Problem):
   return {"top_k": problem.sizes[1], **options}, dict(activation=activation)
 
 
-def _ours(problem: Problem, recipe: Recipe):
+def _ours(problem: Problem, impl: str):
   routing, others = _options(problem)
+  options = {
+    "ours": dict(fuse=True if jax.default_backend() == "gpu" else None),
+    "ours_unfused": dict(fuse=False),
+    "ours_bf16": dict(recipe=Recipe.bf16()),
+  }[impl]
   return lambda x, params: (
-    moe.moe_layer(x, params, recipe=recipe, **routing, **others).out
+    moe.moe_layer(x, params, **options, **routing, **others).out
   )
 
 
@@ -158,13 +168,13 @@ def _lax(problem: Problem):
   top_k = routing["top_k"]
 
   def layer(x, params):
-    route = _route(x, params, routing)
-    order = jnp.argsort(route.experts.reshape(-1))
+    routed = route(x, params, routing)
+    order = jnp.argsort(routed.experts.reshape(-1))
     sizes = jnp.bincount(
-      route.experts.reshape(-1), length=params.router.shape[1]
+      routed.experts.reshape(-1), length=params.router.shape[1]
     )
     copies = x[order // top_k]
-    expert = route.experts.reshape(-1)[order]
+    expert = routed.experts.reshape(-1)[order]
     hidden = lax.ragged_dot(copies, params.gate_up, sizes)
     if params.gate_up_bias is not None:
       hidden = hidden + params.gate_up_bias[expert]
@@ -172,7 +182,7 @@ def _lax(problem: Problem):
     out = lax.ragged_dot(hidden, params.down, sizes)
     if params.down_bias is not None:
       out = out + params.down_bias[expert]
-    weights = route.weights.reshape(-1)[order][:, None]
+    weights = routed.weights.reshape(-1)[order][:, None]
     weighted = out.astype(jnp.float32) * weights
     summed = jnp.zeros(x.shape, jnp.float32).at[order // top_k].add(weighted)
     return summed.astype(x.dtype)
@@ -180,17 +190,10 @@ def _lax(problem: Problem):
   return layer
 
 
-def _route(x, params, routing) -> moe.Routing:
-  logits = jnp.dot(x, params.router, preferred_element_type=jnp.float32)
-  if params.router_bias is not None:
-    logits = logits + params.router_bias
-  return moe.route_top_k(logits, expert_bias=params.expert_bias, **routing)
-
-
 def _layer(problem: Problem, impl: str):
   if impl == "lax_ragged_dot":
     return _lax(problem)
-  return _ours(problem, Recipe() if impl == "ours" else Recipe.bf16())
+  return _ours(problem, impl)
 
 
 def _function(problem: Problem, impl: str):
@@ -221,9 +224,9 @@ def _expected(problem: Problem, x, dout, params):
 
   def token(x):
     # Routed in bf16 as the layers do, or near ties would go elsewhere.
-    route = _route(x.astype(jnp.bfloat16)[None], params, routing)
-    results = [mlp(x, e) for e in route.experts[0]]
-    return jnp.sum(jnp.stack(results) * route.weights[0][:, None], axis=0)
+    routed = route(x.astype(jnp.bfloat16)[None], params, routing)
+    results = [mlp(x, e) for e in routed.experts[0]]
+    return jnp.sum(jnp.stack(results) * routed.weights[0][:, None], axis=0)
 
   def both(args):
     x, dout = args
@@ -234,48 +237,16 @@ def _expected(problem: Problem, x, dout, params):
     return jax.jit(lambda *args: lax.map(both, args))(x, dout)
 
 
-# ---------------------------------------------------------------- stages
-
-
-def _stages(problem: Problem, impl: str, x, params, iterations: int):
-  """Returns {stage: us} of the forward pass, each stage timed on its own."""
-  routing, others = _options(problem)
-  is_fp8 = impl == "ours"
-  times = {}
-
-  def timed(name, fn, *args):
-    times[name] = round(measure_us(fn, *args, iterations=iterations), 2)
-    return jax.jit(fn)(*args)
-
-  route = timed("route", lambda x, p: _route(x, p, routing), x, params)
-  dispatch = lambda x, experts: moe.dispatch(x, experts, params.router.shape[1])
-  rows, permutation = timed("dispatch", dispatch, x, route.experts)
-  sizes = permutation.group_sizes
-
-  def product(quantize_name, name, rows, weights):
-    if not is_fp8:
-      dot = functools.partial(ragged_dot, recipe=Recipe.bf16())
-      return timed(name, dot, rows, weights, sizes)
-    rows = timed(quantize_name, lambda x: quantize(x, (1, 128)), rows)
-    return timed(name, m_grouped_gemm, rows, weights, sizes)
-
-  hidden = product("quantize rows", "gate/up", rows, params.gate_up)
-
-  def activate(hidden, bias, sizes):
-    return moe.activate(moe.add_bias(hidden, bias, sizes), **others)
-
-  hidden = timed("activation", activate, hidden, params.gate_up_bias, sizes)
-  out = product("quantize hidden", "down", hidden, params.down)
-
-  def combine(out, bias, route, permutation):
-    out = moe.add_bias(out, bias, permutation.group_sizes)
-    return moe.combine(out, route.weights, permutation)
-
-  timed("combine", combine, out, params.down_bias, route, permutation)
-  return times
-
-
 # ---------------------------------------------------------------- the run
+
+
+def _by_kind(kernels_us: dict[str, float]) -> dict[str, float]:
+  """{kind: us} of {kernel: us}, of the kinds that there are."""
+  times = dict.fromkeys(_KINDS, 0.0)
+  for name, us in kernels_us.items():
+    kind = next(k for k, pattern in _KINDS.items() if re.search(pattern, name))
+    times[kind] += us
+  return {kind: round(us, 2) for kind, us in times.items() if us}
 
 
 def _row_error(got, expected) -> float:
@@ -283,38 +254,40 @@ def _row_error(got, expected) -> float:
   return float(jnp.max(error / jnp.linalg.norm(expected, axis=-1)))
 
 
-def _measure(problem: Problem, impl: str, iterations: int) -> dict:
+def _measure(
+  problem: Problem, impl: str, iterations: int, with_stages: bool
+) -> dict:
   x, dout, params = _make(problem)
   step = max(1, problem.tokens // _CHECKED_TOKENS)
   expected = _expected(problem, x[::step], dout[::step], params)
-  is_served = impl == "ours" and not problem.has_backward
+  is_served = impl.startswith("ours") and impl != "ours_bf16"
+  is_served = is_served and not problem.has_backward
   if is_served:
     params = _quantized(params)
   if impl == "lax_ragged_dot":
     iterations = min(iterations, _DENSE_ITERATIONS)
-  fn = _function(problem, impl)
-  compiled = jax.jit(fn).lower(x, dout, params).compile()
-  results = compiled(x, dout, params)
+  program = Program(_function(problem, impl), x, dout, params)
+  results = program(x, dout, params)
   errors = [
     _row_error(got[::step], want)
     for got, want in zip(results[:2], expected, strict=False)
   ]
   del results
-  us = measure_us(fn, x, dout, params, iterations=iterations)
-  memory = compiled.memory_analysis()
+  us, kernels_us = program.measure(x, dout, params, iterations=iterations)
   row = {
     "us": round(us, 2),
     "tflops": round(problem.flops / us / 1e6, 1),
     "max_row_error": max(errors),
     "verified": max(errors) <= _MAX_ROW_ERROR[impl],
-    "peak_bytes": memory.temp_size_in_bytes
-    + memory.argument_size_in_bytes
-    + memory.output_size_in_bytes,
+    "peak_bytes": program.peak_bytes,
   }
-  if not problem.has_backward and impl != "lax_ragged_dot":
-    row["stages"] = _stages(problem, impl, x, params, iterations)
-    in_gemms = sum(row["stages"][name] for name in _GEMMS)
-    row["gemm_share"] = round(in_gemms / us, 3)
+  if kernels_us and impl != "lax_ragged_dot":
+    row["kernels"] = _by_kind(kernels_us)
+    row["gemm_share"] = round(row["kernels"].get("GEMMs", 0.0) / us, 3)
+  if with_stages and not problem.has_backward and impl != "lax_ragged_dot":
+    row["stages"] = moe_stages.stage_times(
+      impl, x, params, *_options(problem), iterations
+    )
   return row
 
 
@@ -354,7 +327,7 @@ def _run(args) -> int:
         **dict(g=e, m=problem.tokens * top_k, n=f, k=d),
       }
       try:
-        row |= _measure(problem, impl, args.iterations)
+        row |= _measure(problem, impl, args.iterations, args.stages)
       except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
           raise
@@ -372,11 +345,25 @@ def _line(row) -> str:
   if "us" not in row:
     return f"{head} not run: {row['unavailable']}"
   stages = row.get("stages", {})
-  shown = ", ".join(f"{name} {us:.0f}" for name, us in stages.items())
+  shown = ", ".join(
+    f"{name} {us:.0f}" for name, us in row.get("kernels", stages).items()
+  )
   return (
     f"{head} {row['us']:10.1f} us {row['tflops']:7.1f} TFLOP/s"
     f"{'' if row['verified'] else ' WRONG'} {shown}"
   )
+
+
+def _parts(row) -> dict[str, float]:
+  """{part: us} of the layer: its stages, or its kernels by kind."""
+  return row.get("stages") or row.get("kernels", {})
+
+
+def _gemms_us(row) -> float:
+  """What the GEMMs take alone: those inside the layer, where known."""
+  if "GEMMs" in row.get("kernels", {}):
+    return row["kernels"]["GEMMs"]
+  return sum(row.get("stages", {}).get(name, 0.0) for name in moe_stages.GEMMS)
 
 
 def plot(source: Path, target: Path) -> int:
@@ -387,23 +374,32 @@ def plot(source: Path, target: Path) -> int:
   from matplotlib import pyplot as plt
 
   result = json.loads(source.read_text())
-  rows = [row for row in result["rows"] if "stages" in row]
+  rows = [row for row in result["rows"] if _parts(row)]
   figure, axes = plt.subplots(
     figsize=(9, 1.5 + 0.3 * len(rows)), layout="constrained"
   )
   labels = [f"{row['set']} {row['shape']} {row['impl']}" for row in rows]
   left = [0.0] * len(rows)
-  for i, stage in enumerate(STAGES):
-    widths = [row["stages"].get(stage, 0) / row["us"] for row in rows]
-    axes.barh(labels, widths, left=left, color=f"C{i}", label=stage)
+  for i, part in enumerate((*moe_stages.STAGES, *_KINDS)):
+    widths = [_parts(row).get(part, 0) / row["us"] for row in rows]
+    if any(widths):
+      axes.barh(labels, widths, left=left, color=f"C{i}", label=part)
     left = [a + b for a, b in zip(left, widths, strict=True)]
   for i, row in enumerate(rows):
     axes.text(max(left[i], 1), i, f" {row['us']:.0f} us", va="center")
   axes.axvline(1, color="black", linewidth=0.8)
+  axes.vlines(
+    [_gemms_us(row) / row["us"] for row in rows],
+    [i - 0.4 for i in range(len(rows))],
+    [i + 0.4 for i in range(len(rows))],
+    colors="black",
+    linestyles=":",
+    label="GEMMs alone (bound)",
+  )
   axes.invert_yaxis()
   axes.margins(x=0.15)
   axes.set_xlabel(
-    "time of each stage alone / time of the whole layer; "
+    "time of each stage alone, or of its kernels / time of the whole layer; "
     f"{result['device']}, {result['date']}"
   )
   axes.legend(fontsize=7)

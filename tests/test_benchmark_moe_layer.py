@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import moe_layer
+from benchmarks import moe_layer, moe_stages
 from benchmarks.__main__ import main
 
 
@@ -31,14 +31,47 @@ def test_run_and_plot(tmp_path, capsys):
       products * 6 * 96 * 128 * 256 / row["us"] / 1e6, abs=0.1
     )
     assert row["peak_bytes"] > 0
-  ours, bf16 = rows[:2]
-  assert tuple(ours["stages"]) == moe_layer.STAGES
+  ours, unfused, bf16 = rows[:3]
+  assert tuple(unfused["stages"]) == moe_stages.STAGES
+  # Without a bias nothing is left of it.
+  assert set(ours["stages"]) == {*moe_stages.STAGES} - {"activation"}
   assert set(bf16["stages"]) == {
-    stage for stage in moe_layer.STAGES if "quantize" not in stage
+    stage for stage in moe_stages.STAGES if "quantize" not in stage
   }
   assert "gate/up" in capsys.readouterr().out
   assert main(["plot", str(path)]) == 0
   assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_without_stages(tmp_path, monkeypatch):
+  monkeypatch.setattr(moe_layer, "SETS", {"smoke": moe_layer.SETS["smoke"][:1]})
+  code, path = call(tmp_path, "--no-stages")
+  (row,) = json.loads(path.read_text())["rows"]
+  assert code == 0 and "stages" not in row and row["us"] > 0
+
+
+def test_kernels_by_kind():
+  """By the names that the profiler reports."""
+  names = {
+    "m_grouped_gemm_sm90_mosaic_gpu_kernel": 40.0,
+    "k_grouped_bf16_sm90_mosaic_gpu_kernel": 2.0,
+    "small_groups_gemm_sm90_mosaic_gpu_kernel": 1.0,
+    "quantize_swiglu_sm90_mosaic_gpu_kernel": 5.0,
+    "quantize_tokens_sm90_mosaic_gpu_kernel": 6.0,
+    "geglu_backward_sm90_mosaic_gpu_kernel": 7.0,
+    "loop_convert_fusion": 0.5,
+    "nvjet_qqtst_128x256": 0.25,
+  }
+  kinds = moe_layer._by_kind(names)
+  assert kinds == {
+    "GEMMs": 43.0,
+    "quantisation": 11.0,
+    "activation gradient": 7.0,
+    "others": 0.75,
+  }
+  row = {"kernels": kinds, "stages": {"gate/up": 1.0, "down": 2.0}, "us": 100}
+  assert moe_layer._gemms_us(row) == 43.0
+  assert moe_layer._gemms_us(row | {"kernels": {}}) == 3.0
 
 
 def test_wrong_results_are_reported(tmp_path, monkeypatch):

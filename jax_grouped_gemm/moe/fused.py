@@ -39,6 +39,10 @@ from jax_grouped_gemm.ragged_dot import ragged_dot
 from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
 
+# Whether to fuse without being asked for that or for the kernels. It has not
+# run on a GPU: measure it, then leave this out.
+_FUSE_BY_DEFAULT = False
+
 
 class Prologue(Protocol):
   """How lhs is made; static, hashable. `index` is data of its own."""
@@ -161,7 +165,8 @@ def choose_fusion(
     raise ValueError(f"fuse must be None, True or False, got {fuse!r}")
   implementations.check(implementation)
   check_recipe(recipe)
-  if fuse is False:
+  by_default = fuse is None and implementation is None
+  if fuse is False or (by_default and not _FUSE_BY_DEFAULT):
     return False
   unsupported = None
   if not is_scaled and recipe.forward != "fp8":

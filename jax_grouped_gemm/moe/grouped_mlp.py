@@ -85,8 +85,8 @@ def grouped_mlp(
       a permutation.
     fuse: whether copying and activation are part of the quantisation for the
       products, so that they are not written in between. None: where the kernels
-      compute, FP8 products of bfloat16 x, d and f multiples of 16. True demands
-      it.
+      are asked for, FP8 products of bfloat16 x, d and f multiples of 16. True
+      demands it.
     implementation: as in ragged_dot.
   """
   x = jnp.asarray(x)

@@ -15,8 +15,6 @@ from jax_grouped_gemm.kernels import (
   _quantize,
   activation_backward,
   gather,
-  quantize_tokens,
-  quantize_weights,
 )
 from jax_grouped_gemm.kernels import quantize as quantize_rows
 from jax_grouped_gemm.kernels.unquantized import Unquantized
@@ -45,29 +43,22 @@ PERMUTATION = moe.sort_by_expert(EXPERTS, E)
 
 @pytest.fixture
 def small(monkeypatch):
-  """Quantisation interpreted, by one warpgroup; the products are XLA's.
+  """What fuses is interpreted, by one warpgroup; the rest is XLA's.
 
-  Those have tests of their own, and the interpreter takes seconds for each.
+  It has tests of its own, and the interpreter takes seconds for each kernel.
   """
 
   def by_xla(fn):
     return lambda *args, **kw: fn(*args, **{**kw, "implementation": "xla"})
 
-  for module, name in (
-    (fused, "m_grouped_gemm"),
-    (sys.modules["jax_grouped_gemm.ragged_dot"], "m_grouped_gemm"),
-    (sys.modules["jax_grouped_gemm.ragged_dot"], "k_grouped_gemm"),
-  ):
-    monkeypatch.setattr(module, name, by_xla(getattr(module, name)))
+  names = ("m_grouped_gemm", "k_grouped_gemm", "quantize", "quantize_weights")
+  for module in (fused, sys.modules["jax_grouped_gemm.ragged_dot"]):
+    for name in (*names, "quantize_for_k_grouped"):
+      if hasattr(module, name):
+        monkeypatch.setattr(module, name, by_xla(getattr(module, name)))
   monkeypatch.setattr(Unquantized, "_choose", lambda *_: "xla")
   monkeypatch.setattr(_quantize, "num_sms", lambda: 1)
-  for kernel in (
-    activation_backward,
-    gather,
-    quantize_rows,
-    quantize_tokens,
-    quantize_weights,
-  ):
+  for kernel in (activation_backward, gather, quantize_rows):
     monkeypatch.setattr(kernel, "_WGS", 1)
 
 
@@ -244,23 +235,61 @@ def test_vmap():
   near(out, jnp.stack([run(x[i], experts[i], False) for i in range(2)]))
 
 
-@interpreted
-def test_checkpoint_and_scan():
+@pytest.fixture
+def fused_by_xla(monkeypatch):
+  """For what cannot be interpreted: the fused form, computed by XLA."""
+  module = sys.modules["jax_grouped_gemm.moe.grouped_mlp"]
+  monkeypatch.setattr(module, "choose_fusion", lambda fuse, *_: fuse)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(dgrad="bf16")], ids=str)
+def test_checkpoint_and_scan(fused_by_xla, recipe):
   """Two layers, all of it computed once more but the weights' copies."""
   layers = jax.tree.map(lambda w: jnp.stack([w, w * 0.5]), WEIGHTS)
   policy = jax.checkpoint_policies.save_only_these_names(QUANTIZED_WEIGHTS)
 
   def loss(x, layers, fuse, checkpoint):
     def step(x, weights):
-      rows = mlp(x, *weights, fuse=fuse)
+      rows = mlp(x, *weights, fuse=fuse, recipe=recipe, implementation="xla")
       return moe.combine(rows, jnp.ones((T, K), BF16), PERMUTATION), None
 
     step = jax.checkpoint(step, policy=policy) if checkpoint else step
     return jax.lax.scan(step, x, layers)[0].astype(jnp.float32).sum()
 
   grad = jax.jit(jax.grad(loss, (0, 1)), static_argnums=(2, 3))
-  got = grad(X, layers, True, True)
-  equal(got, grad(X, layers, False, False))
+  unfused = grad(X, layers, False, False)
+  for checkpoint in (False, True):
+    near(grad(X, layers, True, checkpoint), unfused)
+
+
+def test_shard_map(fused_by_xla):
+  """Tokens over devices, weights on all: their gradient is a sum."""
+  mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def run(fuse):
+    def out(x, experts, weights):
+      permutation = moe.sort_by_expert(experts, E)
+      rows = moe.grouped_mlp(
+        x,
+        *weights,
+        permutation.group_sizes,
+        permutation=permutation,
+        fuse=fuse,
+      )
+      return moe.combine(rows, jnp.ones(experts.shape, BF16), permutation)
+
+    sharded = jax.shard_map(
+      out,
+      mesh=mesh,
+      in_specs=(jax.P("d"), jax.P("d"), jax.P()),
+      out_specs=jax.P("d"),
+    )
+    loss = lambda x, w: (
+      (sharded(x, EXPERTS, w) * DOUT[:T]).astype(jnp.float32).sum()
+    )
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(X, WEIGHTS)
+
+  near(run(True), run(False))
 
 
 def test_shard_map_lowers_for_hopper():

@@ -1,0 +1,104 @@
+"""Times the stages of a layer's forward pass, each on its own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import measure_us
+from jax_grouped_gemm import Recipe, m_grouped_gemm, moe, quantize, ragged_dot
+from jax_grouped_gemm.fused_quantization import (
+  quantize_activation,
+  quantize_gathered,
+)
+
+STAGES = (
+  "route",
+  "dispatch",
+  "quantize rows",
+  "gate/up",
+  "activation",
+  "quantize hidden",
+  "down",
+  "combine",
+)
+GEMMS = ("gate/up", "down")
+_ROWS = 1, 128  # blocks
+
+
+def route(x, params, routing) -> moe.Routing:
+  """The experts of each token; routing are options of route_top_k."""
+  logits = jnp.dot(x, params.router, preferred_element_type=jnp.float32)
+  if params.router_bias is not None:
+    logits = logits + params.router_bias
+  return moe.route_top_k(logits, expert_bias=params.expert_bias, **routing)
+
+
+def _fused_steps(num_experts: int, top_k: int, options):
+  """dispatch, quantize rows, activate, quantize hidden; see stage_times."""
+  return (
+    lambda x, experts: (x, moe.sort_by_expert(experts, num_experts)),
+    lambda x, permutation: quantize_gathered(x, permutation.order // top_k),
+    moe.add_bias,
+    lambda hidden: quantize_activation(hidden, **options),
+  )
+
+
+def _steps(num_experts: int, options):
+  """The same, where nothing is fused."""
+  return (
+    lambda x, experts: moe.dispatch(x, experts, num_experts),
+    lambda x, permutation: quantize(x, _ROWS),
+    lambda *args: moe.activate(moe.add_bias(*args), **options),
+    lambda hidden: quantize(hidden, _ROWS),
+  )
+
+
+def stage_times(impl: str, x, params, routing, options, iterations: int):
+  """Returns {stage: us} of the forward pass, each stage timed on its own.
+
+  What is fused counts as quantisation: then dispatch only sorts, and activation
+  only adds the bias, if there is one.
+
+  Args:
+    impl: "ours", "ours_unfused" or "ours_bf16".
+    x: the tokens.
+    params: of the layer, quantised unless impl is "ours_bf16".
+    routing: options of route_top_k, top_k among them.
+    options: of the activation.
+    iterations: of each stage.
+  """
+  is_fp8, is_fused = impl != "ours_bf16", impl == "ours"
+  num_experts = params.router.shape[1]
+  dispatch, quantize_rows, activate, quantize_hidden = (
+    _fused_steps(num_experts, routing["top_k"], options)
+    if is_fused
+    else _steps(num_experts, options)
+  )
+  product = m_grouped_gemm
+  if not is_fp8:
+    product = functools.partial(ragged_dot, recipe=Recipe.bf16())
+  times = {}
+
+  def timed(name, fn, *args):
+    times[name] = round(measure_us(fn, *args, iterations=iterations), 2)
+    return jax.jit(fn)(*args)
+
+  routed = timed("route", lambda x, p: route(x, p, routing), x, params)
+  rows, permutation = timed("dispatch", dispatch, x, routed.experts)
+  sizes, bias = permutation.group_sizes, params.gate_up_bias
+  if is_fp8:
+    rows = timed("quantize rows", quantize_rows, rows, permutation)
+  hidden = timed("gate/up", product, rows, params.gate_up, sizes)
+  if not is_fused or bias is not None:
+    hidden = timed("activation", activate, hidden, bias, sizes)
+  if is_fp8:
+    hidden = timed("quantize hidden", quantize_hidden, hidden)
+  out = timed("down", product, hidden, params.down, sizes)
+
+  def combine(out, bias, weights, permutation):
+    out = moe.add_bias(out, bias, permutation.group_sizes)
+    return moe.combine(out, weights, permutation)
+
+  timed("combine", combine, out, params.down_bias, routed.weights, permutation)
+  return times
