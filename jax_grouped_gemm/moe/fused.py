@@ -59,13 +59,13 @@ class Rows:
     """Part of the protocol."""
     return x
 
-  def quantize(self, x, index, *, implementation, **options):
+  def quantize(self, x, index, **options):
     """Part of the protocol; not fused with anything."""
     blocks = 1, SCALE_BLOCK
-    implementation = where_supported(
-      implementation, checks.unsupported_by_quantize(x, blocks)
+    options["implementation"] = where_supported(
+      options["implementation"], checks.unsupported_by_quantize(x, blocks)
     )
-    return quantize(x, blocks, implementation=implementation, **options)
+    return quantize(x, blocks, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +127,10 @@ class Product:
       x = prologue.apply(x, index, "xla")
       prologue, index = Rows(), None
     x, index, rhs, group_sizes = vary_alike(x, index, rhs, group_sizes)
+    call = _Call(self, prologue, rhs.dtype)
     if isinstance(rhs, ScaledArray):
       # Its backward pass says that there is none.
-      return _serve(_Call(self, prologue, None), x, index, rhs, group_sizes)
+      return _serve(call, x, index, rhs, group_sizes)
     if not fuse:
       return ragged_dot(
         x,
@@ -146,7 +147,6 @@ class Product:
         self.implementation, checks.unsupported_by_quantize_weights(rhs)
       ),
     )
-    call = _Call(self, prologue, rhs.dtype)
     return _fused_dot(
       call, x, index, rhs, name_quantized_weights(weights), group_sizes
     )
@@ -191,7 +191,7 @@ class _Call:
 
   product: Product
   prologue: Prologue
-  rhs_dtype: DTypeLike | None
+  rhs_dtype: DTypeLike
 
 
 def _multiply(call: _Call, x, index, weights: ScaledArray, group_sizes):
