@@ -34,7 +34,7 @@ def activate(
   In float32, rounded to gate_up's dtype.
   """
   gate_up = _check_activation(gate_up, activation)
-  return _activations.activate(*_halves(gate_up), activation)
+  return _activations.activate(*_halves(gate_up), activation=activation)
 
 
 def quantize_activation(
@@ -117,7 +117,8 @@ def activation_gradient(
   )
   gate_up, dout = vary_alike(gate_up, dout)
   if implementation == "xla" or gate_up.size == 0:
-    gradients = _activations.gradients(*_halves(gate_up), dout, activation)
+    gate, up = _halves(gate_up)
+    gradients = _activations.gradients(gate, up, dout, activation=activation)
     return jnp.concatenate(gradients, axis=1)
   return _activation_gradient(
     gate_up,

@@ -93,7 +93,7 @@ ACTIVATIONS = tuple(_FUNCTIONS)
 
 
 def activate(
-  gate: Float[Array, "..."], up: Float[Array, "..."], activation: str
+  gate: Float[Array, "..."], up: Float[Array, "..."], *, activation: str
 ) -> Float[Array, "..."]:
   """out = activation(gate, up), in float32 or wider, rounded to their dtype."""
   out = _FUNCTIONS[activation][0](*_widen(gate, up))
@@ -104,6 +104,7 @@ def gradients(
   gate: Float[Array, "..."],
   up: Float[Array, "..."],
   dout: Float[Array, "..."],
+  *,
   activation: str,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
   """d(gate) and d(up) of `activate`, computed and rounded as there."""

@@ -72,7 +72,7 @@ def _kernel(*operands, activation: str, interpret: bool, **scratch):
       _quantize.load_tile(refs.in_smem.at[wg, slot, i], layout, interpret)
       for i in range(3)
     )
-    results = gradients(*operands, activation)
+    results = gradients(*operands, activation=activation)
     # The tile that was staged in this slot, each one group of copies.
     plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
     for i, result in enumerate(results):

@@ -79,15 +79,17 @@ def _kernel(
 
   def quantize_tile(tile, slot):
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
-    x, *up = (
+    tiles = [
       _quantize.load_tile(refs.x_smem.at[wg, slot, i], layout, interpret)
       for i in range(parts)
-    )
+    ]
+    if activation:
+      tiles = [activate(*tiles, activation=activation)]
     _quantize_rows.quantize_and_store(
       refs.out,
       slot,
       *place(tile),
-      [activate(x, *up, activation) if activation else x],
+      tiles,
       layout=layout,
       power_of_two_scales=power_of_two_scales,
       interpret=interpret,

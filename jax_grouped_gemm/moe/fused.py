@@ -126,9 +126,10 @@ class Product:
       x = prologue.apply(x, index, "xla")
       prologue, index = Rows(), None
     x, index, rhs, group_sizes = vary_alike(x, index, rhs, group_sizes)
+    call = _Call(self, prologue, rhs.dtype)
     if isinstance(rhs, ScaledArray):
       # Its backward pass says that there is none.
-      return _serve(_Call(self, prologue, None), x, index, rhs, group_sizes)
+      return _serve(call, x, index, rhs, group_sizes)
     if not fuse:
       return ragged_dot(
         x,
@@ -146,7 +147,6 @@ class Product:
         self.implementation, checks.unsupported_by_quantize_weights(rhs)
       ),
     )
-    call = _Call(self, prologue, rhs.dtype)
     return _fused_dot(
       call, x, index, rhs, name_quantized_weights(weights), group_sizes
     )
@@ -192,7 +192,7 @@ class _Call:
 
   product: Product
   prologue: Prologue
-  rhs_dtype: DTypeLike | None
+  rhs_dtype: DTypeLike
 
 
 def _multiply(call: _Call, x, index, weights: ScaledArray, group_sizes):
