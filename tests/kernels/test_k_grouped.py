@@ -29,9 +29,8 @@ def run(sizes, t, m, n, config, accumulator=False, dtype=jnp.float32):
   check(gemm(*operands), *expected)
 
 
-@pytest.mark.parametrize("late_store", [False, True])
 @pytest.mark.parametrize("accumulator", [False, True])
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("cluster, late_store", [(1, False), (2, True)])
 @pytest.mark.parametrize("tile_n", [64, 128])
 def test_every_tile(interpreter, tile_n, cluster, accumulator, late_store):
   config = Config(
