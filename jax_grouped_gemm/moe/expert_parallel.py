@@ -63,8 +63,9 @@ class ExpertParallel:
       are, of whatever dtype. None: "fp8" if the forward products are FP8.
       Results, and all gradients, travel as they are.
     chunks: parts of a device's tokens that travel one after the other, so that
-      XLA can exchange one while the experts multiply another; on GPUs it does,
-      both ways, with --xla_gpu_enable_latency_hiding_scheduler=true. Each has
+      XLA can exchange one while the experts multiply another; on GPUs it does
+      with --xla_gpu_enable_latency_hiding_scheduler=true, on the way back at
+      least, and on the way there too where nothing is fused. Each has
       an equal share of the capacity. Float weights are quantised once for all
       of them, their gradients added up.
   """

@@ -427,7 +427,10 @@ def test_ragged_exchange_compiles_for_four_gpus():
 
 @pytest.mark.slow
 def test_a_chunk_travels_while_another_is_multiplied():
-  """As XLA's latency-hiding scheduler orders it for two GPUs."""
+  """As XLA's latency-hiding scheduler orders it for two GPUs.
+
+  With the activation fused, jax 0.11.2 does so on the way back only.
+  """
   gpus = Mesh(np.array(hopper.devices(2)), ("expert",))
   d, f, tokens = 1024, 768, 4096
   parallel = moe.ExpertParallel("expert", exchange="ragged", chunks=2)
@@ -435,7 +438,12 @@ def test_a_chunk_travels_while_another_is_multiplied():
   run = jax.shard_map(
     lambda params, x: (
       moe.moe_layer(
-        x, params, K, parallel=parallel, implementation="mosaic_gpu"
+        x,
+        params,
+        K,
+        fuse=False,
+        parallel=parallel,
+        implementation="mosaic_gpu",
       ).out
     ),
     mesh=gpus,
