@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import expert_parallel_stages as stages
+from benchmarks import moe_layer
 from benchmarks.expert_parallel_layers import (
   IMPLS,
   Problem,
@@ -137,21 +138,13 @@ def _compare(row, problem: Problem, alone_us, link_gbps, gemms_us) -> dict:
 
 def main(args, argv) -> int:
   """Times what the command line names; 1 if a result is wrong."""
-  args.argv = argv
-  if args.shapes == ["deepgemm"]:  # The default, of the GEMMs.
-    args.shapes = ["forward", "forward_backward", "decode"]
-  if args.peers == ["all"]:
-    args.peers = [impl for impl in IMPLS if impl != "ours"]
-  there_are = jax.device_count()
+  moe_layer.complete(args, argv, IMPLS)
+  counts = [count for count in DEVICES if count <= jax.device_count()]
   if args.devices is None:
-    args.devices = [count for count in DEVICES if count <= there_are]
-  for flag, names, known in (
-    ("--shapes", args.shapes, SETS),
-    ("--peers", args.peers, [*IMPLS][1:]),
-    ("--devices", args.devices, [n for n in DEVICES if n <= there_are]),
-  ):
-    if unknown := set(names) - set(known):
-      raise SystemExit(f"{flag} must be of {[*known]}, got {sorted(unknown)}")
+    args.devices = counts
+  moe_layer.check_names("--shapes", args.shapes, SETS)
+  moe_layer.check_names("--peers", args.peers, [*IMPLS][1:])
+  moe_layer.check_names("--devices", args.devices, counts)
   return _run(args)
 
 

@@ -291,19 +291,26 @@ def _measure(
   return row
 
 
-def main(args, argv) -> int:
-  """Times what the command line names; 1 if a result is wrong."""
+def complete(args, argv, impls):
+  """Fills in what the command line leaves out, of whole layers by `impls`."""
   args.argv = argv
   if args.shapes == ["deepgemm"]:  # The default, of the GEMMs.
     args.shapes = ["forward", "forward_backward", "decode"]
   if args.peers == ["all"]:
-    args.peers = [impl for impl in IMPLS if impl != "ours"]
-  for flag, names, known in (
-    ("--shapes", args.shapes, SETS),
-    ("--peers", args.peers, IMPLS[1:]),
-  ):
-    if unknown := set(names) - set(known):
-      raise SystemExit(f"{flag} must be of {[*known]}, got {sorted(unknown)}")
+    args.peers = [impl for impl in impls if impl != "ours"]
+
+
+def check_names(flag: str, names, known):
+  """Exits unless all names are known."""
+  if unknown := set(names) - set(known):
+    raise SystemExit(f"{flag} must be of {[*known]}, got {sorted(unknown)}")
+
+
+def main(args, argv) -> int:
+  """Times what the command line names; 1 if a result is wrong."""
+  complete(args, argv, IMPLS)
+  check_names("--shapes", args.shapes, SETS)
+  check_names("--peers", args.peers, IMPLS[1:])
   return _run(args)
 
 

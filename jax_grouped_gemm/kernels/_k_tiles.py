@@ -1,5 +1,6 @@
 """The tiles of a K-grouped GEMM: their order, and their way to out."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,10 +42,12 @@ def for_each_tile(refs, config: Config, fn, carry):
 
 
 def load_tiles(refs, config: Config, load_tile):
-  """Loads by `step = load_tile(tile, step)`. Returns the slots it filled.
+  """Loads by `step = load_tile(refs, config, tile, step)`.
 
-  `step` counts k slices and so tells the slot of SMEM.
+  `step` counts k slices and so tells the slot of SMEM. Returns the last: the
+  slots that were filled.
   """
+  load_tile = functools.partial(load_tile, refs, config)
   return for_each_tile(refs, config, load_tile, jnp.int32(0))
 
 
@@ -54,10 +57,10 @@ def compute_tiles(refs, config: Config, k_iters, accumulate):
   Args:
     refs: of the kernel.
     config: of the launch.
-    k_iters: k_iters(group) is its number of k slices.
-    accumulate: accumulate(tile, step, beneath_first) returns the warpgroup's
-      (64, tile_n) of out in float32, for a tile with k slices. It calls
-      beneath_first() once the first products run, or before.
+    k_iters: k_iters(refs, group) is its number of k slices.
+    accumulate: accumulate(refs, config, tile, step, beneath_first) returns the
+      warpgroup's (64, tile_n) of out in float32, for a tile with k slices. It
+      calls beneath_first() once the first products run, or before.
   """
   none = jnp.int32(-1)
 
@@ -71,11 +74,11 @@ def compute_tiles(refs, config: Config, k_iters, accumulate):
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       _load_accumulator(refs, config, tile)
 
-    iters = k_iters(tile.group)
+    iters = k_iters(refs, tile.group)
 
     @pl.when(iters > 0)
     def compute():
-      _stage(refs, accumulate(tile, step, begin))
+      _stage(refs, accumulate(refs, config, tile, step, begin))
 
     @pl.when(iters == 0)
     def empty():

@@ -130,18 +130,8 @@ def _accumulate_tile(refs: _Refs, config: Config, tile, step, beneath_first):
 def _compute_tiles(refs: _Refs, config: Config):
   turns = _main_loop.Turns(refs.turn, config)
   turns.start()
-  _k_tiles.compute_tiles(
-    refs,
-    config,
-    functools.partial(_k_iters, refs),
-    functools.partial(_accumulate_tile, refs, config),
-  )
+  _k_tiles.compute_tiles(refs, config, _k_iters, _accumulate_tile)
   turns.end()
-
-
-def _load_tiles(refs: _Refs, config: Config):
-  load_tile = functools.partial(_load_tile, refs, config)
-  return _k_tiles.load_tiles(refs, config, load_tile)
 
 
 # ---------------------------------------------------------------- launch
@@ -199,7 +189,7 @@ def k_grouped_gemm(
       num_arrivals=tile_n // slice_n, num_barriers=config.compute_wgs
     )
   out = _pipeline.launch(
-    functools.partial(_load_tiles, config=config),
+    functools.partial(_k_tiles.load_tiles, config=config, load_tile=_load_tile),
     functools.partial(_compute_tiles, config=config),
     name="k_grouped_gemm_sm90",
     config=config,

@@ -162,20 +162,6 @@ def _mask(refs: _Refs, group, ki, slot):
     plgpu.barrier_wait(refs.masked)
 
 
-def _compute_tiles(refs: _Refs, config: Config):
-  _k_tiles.compute_tiles(
-    refs,
-    config,
-    functools.partial(_k_iters, refs),
-    functools.partial(_accumulate_tile, refs, config),
-  )
-
-
-def _load_tiles(refs: _Refs, config: Config):
-  load_tile = functools.partial(_load_tile, refs, config)
-  return _k_tiles.load_tiles(refs, config, load_tile)
-
-
 # ---------------------------------------------------------------- launch
 
 
@@ -200,8 +186,13 @@ def k_grouped_bf16(
   slice_n = _epilogue.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
 
   out = _pipeline.launch(
-    functools.partial(_load_tiles, config=config),
-    functools.partial(_compute_tiles, config=config),
+    functools.partial(_k_tiles.load_tiles, config=config, load_tile=_load_tile),
+    functools.partial(
+      _k_tiles.compute_tiles,
+      config=config,
+      k_iters=_k_iters,
+      accumulate=_accumulate_tile,
+    ),
     name="k_grouped_bf16_sm90",
     config=config,
     interpret=interpret,

@@ -18,17 +18,26 @@ pytestmark = pytest.mark.slow
 
 WIDTHS = range(16, 16_000, 16)
 DTYPES = (jnp.bfloat16, jnp.float32)
+# What `tune` tries besides: the forms with the most code and registers.
+LATE = (
+  Config(tile_n=128, compute_wgs=3, late_store=True, turns="slice"),
+  Config(tile_n=192, late_store=True, turns="tile"),
+)
 # What the tables and the heuristics may choose.
 TABLE = tuning.read_table(tuning.TABLE)
-M_GROUPED = {
-  (config, dtype)
-  for dtype in DTYPES
-  for config in tuning.m_grouped_candidates(2880, dtype)
-} | {
-  (entry.config, jnp.dtype(entry.out_dtype).type)
-  for entry in TABLE
-  if entry.kernel == "m_grouped"
-}
+M_GROUPED = (
+  {
+    (config, dtype)
+    for dtype in DTYPES
+    for config in tuning.m_grouped_candidates(2880, dtype)
+  }
+  | {
+    (entry.config, jnp.dtype(entry.out_dtype).type)
+    for entry in TABLE
+    if entry.kernel == "m_grouped"
+  }
+  | {(config, jnp.bfloat16) for config in LATE}
+)
 SMALL_GROUPS = {
   (tuning.small_groups_config(rows, n, 2880, 8, dtype, row_align=8), dtype)
   for rows in (4, 8, 16, 64)
@@ -39,7 +48,7 @@ SMALL_GROUPS = {
 # With the least n it is chosen for.
 K_GROUPED = {
   tuning.k_grouped_config(256, n, 1024, 4): n for n in reversed(WIDTHS)
-}
+} | {Config(tile_n=128, late_store=True, turns="tile"): 4096}
 
 
 def shape(*dims, dtype=jnp.float32):
