@@ -21,6 +21,7 @@ from jax_grouped_gemm.fused_quantization import (
   quantize_activation,
   quantize_gathered,
 )
+from jax_grouped_gemm.quantization import quantize_rows_and_tokens
 from jax_grouped_gemm.scaled_array import ScaledArray, expand_scales
 
 
@@ -46,6 +47,8 @@ SHAPES = {
     Problem("rows", (65536, 2048)),
     Problem("tokens", (32768, 7168)),
     Problem("tokens", (65536, 2048)),
+    Problem("rows_and_tokens", (32768, 7168)),
+    Problem("rows_and_tokens", (65536, 2048)),
     Problem("weights", (8, 4096, 14336)),
     Problem("weights", (256, 2048, 768)),
     *(
@@ -57,6 +60,7 @@ SHAPES = {
   "smoke": [
     Problem("rows", (16, 256)),
     Problem("tokens", (50, 32)),
+    Problem("rows_and_tokens", (56, 32)),
     Problem("weights", (1, 144, 64)),
     Problem("activation", (16, 256)),
     Problem("activation_backward", (16, 128)),
@@ -102,12 +106,22 @@ def _function(problem: Problem, implementation: str):
     return functools.partial(fused[problem.set], implementation=implementation)
   if problem.set == "weights":
     return lambda w: quantize_weights(w, implementation=implementation)
-  if problem.set == "tokens":
-    sizes = np.array(ragged_sizes(_GROUPS, problem.dims[0] // _GROUPS))
-    return lambda x: quantize_for_k_grouped(
-      x, sizes, implementation=implementation
+  if problem.set.endswith("tokens"):
+    return functools.partial(
+      quantize_rows_and_tokens
+      if "rows" in problem.set
+      else quantize_for_k_grouped,
+      group_sizes=_sizes(problem),
+      implementation=implementation,
     )
   return lambda x: quantize(x, (1, 128), implementation=implementation)
+
+
+def _sizes(problem: Problem):
+  """Returns those of the groups of tokens, to which all tokens belong."""
+  tokens = problem.dims[0]
+  *sizes, _ = ragged_sizes(_GROUPS, tokens // _GROUPS)
+  return np.array([*sizes, tokens - sum(sizes)])
 
 
 def _difference(out, expected) -> tuple[int, int]:

@@ -217,6 +217,46 @@ def quantize_for_k_grouped(
     implementation: as in m_grouped_gemm. The kernel takes bfloat16 x of a
       multiple of 16 features.
   """
+  return _along_tokens(
+    x,
+    group_sizes,
+    False,
+    dtype=dtype,
+    power_of_two_scales=power_of_two_scales,
+    group_offset=group_offset,
+    num_groups=num_groups,
+    implementation=implementation,
+  )[-1]
+
+
+def quantize_rows_and_tokens(
+  x: Float[Array, "t f"], group_sizes: Int[Array, "g_all"], **options
+) -> tuple[ScaledArray, ScaledArray]:
+  """(quantize(x, (1, 128)), quantize_for_k_grouped(x, group_sizes)), x (t, f).
+
+  The kernel reads x once. In the first result it leaves rows of no group, or of
+  none that is kept, as they were in memory.
+
+  Args:
+    x: as in quantize_for_k_grouped.
+    group_sizes: the same.
+    **options: the same.
+  """
+  return _along_tokens(x, group_sizes, True, **options)
+
+
+def _along_tokens(
+  x,
+  group_sizes,
+  rows: bool,
+  *,
+  dtype: DTypeLike = jnp.float8_e4m3fn,
+  power_of_two_scales: bool = False,
+  group_offset=None,
+  num_groups: int | None = None,
+  implementation: str | None = None,
+) -> tuple[ScaledArray, ...]:
+  """Returns quantize_for_k_grouped of x, after quantize of its rows."""
   x, dtype = checks.check_quantize(x, dtype, implementation)
   if x.ndim != 2:
     raise ValueError(f"x must be (tokens, features), got shape {x.shape}")
@@ -239,28 +279,36 @@ def quantize_for_k_grouped(
   )
   static = dict(dtype=dtype, power_of_two_scales=power_of_two_scales)
   if implementation == "xla" or x.size == 0 or num_groups == 0:
-    return _pad_storage(reference.quantize_for_k_grouped(x, *bounds, **static))
+    tokens = reference.quantize_for_k_grouped(x, *bounds, **static)
+    results = (_pad_storage(tokens),)
+    if rows:
+      blocks = 1, SCALE_BLOCK
+      results = quantize(x, blocks, implementation="xla", **static), *results
+    return results
   return _quantize_tokens(
-    x, *bounds, interpret=implementation == "interpret", **static
+    x, *bounds, rows=rows, interpret=implementation == "interpret", **static
   )
 
 
 @functools.partial(
-  jax.jit, static_argnames=("dtype", "power_of_two_scales", "interpret")
+  jax.jit,
+  static_argnames=("rows", "dtype", "power_of_two_scales", "interpret"),
 )
-def _quantize_tokens(x, starts, ends, *, interpret: bool, **static):
-  """quantize_for_k_grouped, by the kernel."""
-  values, scales, _ = vary_alike(
-    *tokens_kernel.quantize_tokens(
-      x if interpret else implementations.cuda_only(x),
-      *schedule.token_blocks(starts, ends, x.shape[0]),
-      interpret=interpret,
-      **static,
-    ),
-    x,
+def _quantize_tokens(x, starts, ends, *, rows: bool, interpret: bool, **static):
+  """_along_tokens, by the kernel."""
+  values, scales, *of_rows = tokens_kernel.quantize_tokens(
+    x if interpret else implementations.cuda_only(x),
+    *schedule.token_blocks(starts, ends, x.shape[0]),
+    rows=rows,
+    interpret=interpret,
+    **static,
   )
+  values, scales, _ = vary_alike(values, scales, x)
   padding = -x.shape[1] % ROW_ALIGN, 0
-  return ScaledArray(values, scales.T, (1, SCALE_BLOCK), padding)
+  tokens = ScaledArray(values, scales.T, (1, SCALE_BLOCK), padding)
+  if not rows:
+    return (tokens,)
+  return rows_of_kernel(*of_rows, x.shape, x), tokens
 
 
 def _pad_storage(x: ScaledArray) -> ScaledArray:

@@ -18,6 +18,7 @@ from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
 from jax_grouped_gemm.quantization import (
   quantize_for_k_grouped,
   quantize_rows,
+  quantize_rows_and_tokens,
   quantize_weights,
   where_supported,
 )
@@ -28,6 +29,8 @@ from jax_grouped_gemm.quantized_weights import (
 )
 from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
+
+_LHS_DTYPE = jnp.float8_e4m3fn  # Gradients are the recipe's.
 
 
 def ragged_dot(
@@ -166,13 +169,15 @@ def _ragged_dot_fwd(
     weights = name_quantized_weights(_quantize_weights(call, rhs))
   if recipe.dgrad == "fp8":
     dgrad_rhs = weights.dgrad
-  out = _forward(call, lhs, rhs, (rows, weights), group_sizes, group_offset)
   wgrad_lhs = lhs
   if recipe.wgrad == "fp8":
     # From the values themselves: forward's copy has its blocks the other way.
-    wgrad_lhs = _quantize_tokens(
-      call, lhs, group_sizes, group_offset, rhs.shape[0], jnp.float8_e4m3fn
-    )
+    args = call, lhs, group_sizes, group_offset, rhs.shape[0], _LHS_DTYPE
+    if recipe.forward == "fp8" and rows is None:
+      rows, wgrad_lhs = _quantize_both(*args)
+    else:
+      wgrad_lhs = _quantize_tokens(*args)
+  out = _forward(call, lhs, rhs, (rows, weights), group_sizes, group_offset)
   return out, (dgrad_rhs, wgrad_lhs, group_sizes, group_offset)
 
 
@@ -183,10 +188,16 @@ def _ragged_dot_bwd(call: _Call, residuals, dout):
   bounds = schedule.group_bounds(
     group_sizes, dout.shape[0], group_offset, groups
   )
+  rows = tokens = dout
+  args = call, dout, group_sizes, group_offset, groups, recipe.gradient_dtype
+  if recipe.dgrad == recipe.wgrad == "fp8":
+    rows, tokens = _quantize_both(*args)
+  elif recipe.wgrad == "fp8":
+    tokens = _quantize_tokens(*args)
   if recipe.dgrad == "fp8":
     dlhs = _m_grouped(
       call,
-      dout,
+      rows,
       rhs,
       group_sizes,
       group_offset,
@@ -196,12 +207,9 @@ def _ragged_dot_bwd(call: _Call, residuals, dout):
   else:
     dlhs = call.unquantized.lhs_gradient(dout, rhs, *bounds, call.lhs_dtype)
   if recipe.wgrad == "fp8":
-    dout = _quantize_tokens(
-      call, dout, group_sizes, group_offset, groups, recipe.gradient_dtype
-    )
     drhs = k_grouped_gemm(
       lhs,
-      dout,
+      tokens,
       bounds[1] - bounds[0],
       preferred_element_type=_sum_dtype(call.rhs_dtype),
       implementation=call.implementation,
@@ -224,10 +232,26 @@ def _quantize_weights(call: _Call, rhs) -> QuantizedWeights:
   )
 
 
-def _quantize_tokens(
+def _quantize_both(
   call: _Call, x, group_sizes, group_offset, groups: int, dtype: DTypeLike
-) -> ScaledArray:
-  return quantize_for_k_grouped(
+) -> tuple[ScaledArray, ScaledArray]:
+  """Returns x for m_grouped_gemm and, along tokens, for k_grouped_gemm."""
+  args = call, x, group_sizes, group_offset, groups, dtype
+  if checks.unsupported_by_quantize_tokens(x) is not None:
+    return _quantize_rows(call, x, dtype), _quantize_tokens(*args)
+  return _quantize_tokens(*args, quantize=quantize_rows_and_tokens)
+
+
+def _quantize_tokens(
+  call: _Call,
+  x,
+  group_sizes,
+  group_offset,
+  groups: int,
+  dtype: DTypeLike,
+  quantize=quantize_for_k_grouped,
+):
+  return quantize(
     x,
     group_sizes,
     dtype=dtype,
@@ -237,6 +261,15 @@ def _quantize_tokens(
     implementation=where_supported(
       call.implementation, checks.unsupported_by_quantize_tokens(x)
     ),
+  )
+
+
+def _quantize_rows(call: _Call, x, dtype: DTypeLike) -> ScaledArray:
+  return quantize_rows(
+    x,
+    dtype=dtype,
+    power_of_two_scales=call.recipe.power_of_two_scales,
+    implementation=call.implementation,
   )
 
 
@@ -253,7 +286,7 @@ def _forward(call: _Call, lhs, rhs, quantized, group_sizes, group_offset):
     weights.forward,
     group_sizes,
     group_offset,
-    value_dtype=jnp.float8_e4m3fn,
+    value_dtype=_LHS_DTYPE,
     out_dtype=call.out_dtype,
   )
 
@@ -270,12 +303,7 @@ def _m_grouped(
 ) -> Float[Array, "m n"]:
   """out[r] = x[r] @ weights[group of r].T, weights (g, n, k)."""
   if not isinstance(x, ScaledArray):
-    x = quantize_rows(
-      x,
-      dtype=value_dtype,
-      power_of_two_scales=call.recipe.power_of_two_scales,
-      implementation=call.implementation,
-    )
+    x = _quantize_rows(call, x, value_dtype)
   return m_grouped_gemm(
     x,
     weights,

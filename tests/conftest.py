@@ -24,6 +24,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jax")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_for_one_module():
+  """A process may map 65530 pieces of memory, and each program is a few."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(params=["xla", "interpret"])
 def implementation(request):
   """Each implementation that runs on a CPU."""

@@ -20,6 +20,7 @@ def test_rows_are_verified_and_compared_with_a_copy(tmp_path):
     for name in (
       "rows",
       "tokens",
+      "rows_and_tokens",
       "weights",
       "activation",
       "activation_backward",

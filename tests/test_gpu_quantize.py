@@ -18,6 +18,7 @@ from jax_grouped_gemm import (
   quantize_for_k_grouped,
   quantize_weights,
 )
+from jax_grouped_gemm.quantization import quantize_rows_and_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -121,6 +122,29 @@ def test_tokens(f, dtype, power_of_two):
       power_of_two_scales=power_of_two,
       implementation=implementation,
     )
+
+  check(fn, jnp.asarray(x).astype(BF16))
+
+
+@powers
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("f", [16, 144, 2880])
+def test_rows_and_tokens(f, dtype, power_of_two):
+  x = hostile(5003, f)
+  x[4000:] = np.nan  # Rows of no group.
+  sizes = (0, 1, 127, 128, 129, 0, 3001, 5)
+
+  def fn(x, implementation):
+    rows, tokens = quantize_rows_and_tokens(
+      x,
+      np.array(sizes),
+      dtype=dtype,
+      power_of_two_scales=power_of_two,
+      implementation=implementation,
+    )
+    # Rows of no group are unspecified.
+    m = sum(sizes)
+    return rows.values[:m], rows.scales[:m], tokens
 
   check(fn, jnp.asarray(x).astype(BF16))
 

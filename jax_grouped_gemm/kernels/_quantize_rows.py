@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from jax_grouped_gemm.config import ROW_ALIGN, SCALE_ALIGN, SCALE_BLOCK
-from jax_grouped_gemm.kernels import _quantize
+from jax_grouped_gemm.kernels import _fp8
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 
@@ -65,7 +65,7 @@ def quantize_and_store(
   _, slots, _, tile_rows, _ = out.values_smem.shape
   k_blocks = out.scales_gmem.shape[0]
   quantized = [
-    _quantize.quantize_rows(
+    _fp8.quantize_rows(
       x, layout, out.values_gmem.dtype, power_of_two_scales, interpret
     )
     for x in tiles

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16
 
 from jax_grouped_gemm.config import SCALE_BLOCK
-from jax_grouped_gemm.kernels import _quantize
+from jax_grouped_gemm.kernels import _tile_loop
 from jax_grouped_gemm.kernels._activations import gradients
 from jax_grouped_gemm.kernels._pipeline import Ref
 
@@ -41,7 +41,7 @@ class _Refs(NamedTuple):
 
 def _kernel(*operands, activation: str, interpret: bool, **scratch):
   refs = _Refs(*operands, **scratch)
-  layout = _quantize.row_layout(refs.dout_gmem.dtype)
+  layout = _tile_loop.row_layout(refs.dout_gmem.dtype)
   wg = lax.axis_index("wg")
   slots = refs.in_smem.shape[1]
   m, f = refs.dout_gmem.shape
@@ -69,14 +69,14 @@ def _kernel(*operands, activation: str, interpret: bool, **scratch):
     rows, cols = place(tile)
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
     operands = (
-      _quantize.load_tile(refs.in_smem.at[wg, slot, i], layout, interpret)
+      _tile_loop.load_tile(refs.in_smem.at[wg, slot, i], layout, interpret)
       for i in range(3)
     )
     results = gradients(*operands, activation=activation)
     # The tile that was staged in this slot, each one group of copies.
     plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
     for i, result in enumerate(results):
-      _quantize.store_tile(
+      _tile_loop.store_tile(
         refs.out_smem.at[wg, slot, i], result, layout, interpret
       )
     # Orders the reads of the slot before the next load too.
@@ -90,7 +90,7 @@ def _kernel(*operands, activation: str, interpret: bool, **scratch):
     plgpu.commit_smem_to_gmem_group()
 
   num_tiles = pl.cdiv(m, _TILE_ROWS) * col_tiles
-  _quantize.for_each_tile(num_tiles, slots, load, differentiate_tile)
+  _tile_loop.for_each_tile(num_tiles, slots, load, differentiate_tile)
 
 
 # ---------------------------------------------------------------- launch
@@ -106,13 +106,13 @@ def activation_backward(
   """Returns d(gate_up). f is a multiple of 16."""
   m, f = dout.shape
   gate_up, dout = (
-    _quantize.at_least(x, _TILE_ROWS, _TILE_COLS)
+    _tile_loop.at_least(x, _TILE_ROWS, _TILE_COLS)
     for x in (gate_up.reshape(m, 2, f), dout)
   )
   slots = _WGS, _SLOTS
   tile = _TILE_ROWS, _TILE_COLS
   num_tiles = pl.cdiv(m, _TILE_ROWS) * pl.cdiv(f, _TILE_COLS)
-  dgate_up = _quantize.launch(
+  dgate_up = _tile_loop.launch(
     functools.partial(_kernel, activation=activation, interpret=interpret),
     out_type=jax.ShapeDtypeStruct(gate_up.shape, gate_up.dtype),
     scratch_types=dict(

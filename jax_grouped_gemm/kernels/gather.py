@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_grouped_gemm.config import ROW_ALIGN, SCALE_BLOCK
-from jax_grouped_gemm.kernels import _quantize, _quantize_rows
+from jax_grouped_gemm.kernels import _quantize_rows, _tile_loop
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 _WGS = 6  # warpgroups of a CTA.
@@ -54,7 +54,7 @@ class _Refs(NamedTuple):
 
 def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   refs = _Refs(*operands, **scratch)
-  layout = _quantize.row_layout(refs.x_gmem.dtype)
+  layout = _tile_loop.row_layout(refs.x_gmem.dtype)
   wg = lax.axis_index("wg")
   _, slots, tile_rows, tile_cols = refs.x_smem.shape
   tile_blocks = tile_cols // SCALE_BLOCK
@@ -81,7 +81,7 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   def quantize_tile(tile, slot):
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
     tiles = [
-      _quantize.load_tile(
+      _tile_loop.load_tile(
         refs.x_smem.at[wg, slot, :, pl.ds(j * SCALE_BLOCK, SCALE_BLOCK)],
         layout,
         interpret,
@@ -98,7 +98,7 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
       interpret=interpret,
     )
 
-  _quantize.for_each_tile(num_tiles, slots, load, quantize_tile)
+  _tile_loop.for_each_tile(num_tiles, slots, load, quantize_tile)
 
 
 # ---------------------------------------------------------------- launch
@@ -118,7 +118,7 @@ def quantize_gathered(
   not in [0, t) gathers zeros.
   """
   (t, k), m = x.shape, index.shape[0]
-  x = _quantize.at_least(x, 1, SCALE_BLOCK)
+  x = _tile_loop.at_least(x, 1, SCALE_BLOCK)
   tile_cols = _TILE_COLS if k >= _TILE_COLS else SCALE_BLOCK
   tile_rows = _TILE_BYTES // (tile_cols * x.dtype.itemsize)
   tile_rows = min(tile_rows, _quantize_rows.round_up(m, ROW_ALIGN))
@@ -128,7 +128,7 @@ def quantize_gathered(
   # TMA reads zeros where the array has no row.
   index = jnp.pad(index, (0, scales_width - m), constant_values=t)
   tile_blocks = tile_cols // SCALE_BLOCK
-  values, scales = _quantize.launch(
+  values, scales = _tile_loop.launch(
     functools.partial(
       _kernel, power_of_two_scales=power_of_two_scales, interpret=interpret
     ),

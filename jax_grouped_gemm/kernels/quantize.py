@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from jax_grouped_gemm.config import ROW_ALIGN, SCALE_BLOCK
-from jax_grouped_gemm.kernels import _quantize, _quantize_rows
+from jax_grouped_gemm.kernels import _quantize_rows, _tile_loop
 from jax_grouped_gemm.kernels._activations import activate
 from jax_grouped_gemm.kernels._pipeline import Ref
 
@@ -57,7 +57,7 @@ def _kernel(
   **scratch,
 ):
   refs = _Refs(*operands, **scratch)
-  layout = _quantize.row_layout(refs.x_gmem.dtype)
+  layout = _tile_loop.row_layout(refs.x_gmem.dtype)
   wg = lax.axis_index("wg")
   _, slots, parts, tile_rows, _ = refs.x_smem.shape
   k_blocks = refs.scales_gmem.shape[0]
@@ -80,7 +80,7 @@ def _kernel(
   def quantize_tile(tile, slot):
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
     tiles = [
-      _quantize.load_tile(refs.x_smem.at[wg, slot, i], layout, interpret)
+      _tile_loop.load_tile(refs.x_smem.at[wg, slot, i], layout, interpret)
       for i in range(parts)
     ]
     if activation:
@@ -95,7 +95,7 @@ def _kernel(
       interpret=interpret,
     )
 
-  _quantize.for_each_tile(num_tiles, slots, load, quantize_tile)
+  _tile_loop.for_each_tile(num_tiles, slots, load, quantize_tile)
 
 
 # ---------------------------------------------------------------- launch
@@ -117,13 +117,13 @@ def quantize_rows(
   k = x.shape[1] // parts
   if activation:
     x = x.reshape(m, parts, k)
-  x = _quantize.at_least(x, ROW_ALIGN, SCALE_BLOCK)
+  x = _tile_loop.at_least(x, ROW_ALIGN, SCALE_BLOCK)
   tile_rows = _TILE_BYTES // (parts * SCALE_BLOCK * x.dtype.itemsize)
   tile_rows = min(tile_rows, x.shape[0] // ROW_ALIGN * ROW_ALIGN)
   slots = _WGS, _SLOTS
   out_type = _quantize_rows.out_types(m, k, tile_rows, dtype)
   k_blocks, scales_width = out_type[1].shape
-  values, scales = _quantize.launch(
+  values, scales = _tile_loop.launch(
     functools.partial(
       _kernel,
       activation=activation,

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from jax_grouped_gemm.config import SCALE_BLOCK
-from jax_grouped_gemm.kernels import _quantize
+from jax_grouped_gemm.kernels import _fp8, _tile_loop
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 _DTYPE = jnp.float8_e4m3fn
@@ -76,22 +76,22 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
 
     def read(j):
-      w = plgpu.load(refs.w_smem.at[wg, slot, j], layout=plgpu.Layout.WGMMA)
-      return w.astype(jnp.float32)
+      return plgpu.load(refs.w_smem.at[wg, slot, j], layout=plgpu.Layout.WGMMA)
 
     def read_transposed(j):
-      w = plgpu.load(refs.w_smem.at[wg, slot, j].T, layout=plgpu.Layout.WGMMA)
-      return w.astype(jnp.float32)
+      w = refs.w_smem.at[wg, slot, j].T
+      return plgpu.load(w, layout=plgpu.Layout.WGMMA)
 
+    row_amax = functools.partial(
+      _fp8.row_amax, layout=plgpu.Layout.WGMMA, interpret=interpret
+    )
     amax = functools.reduce(
-      jnp.maximum, [_quantize.finite_magnitude(read(j)) for j in range(slices)]
+      jnp.maximum, [row_amax(read(j)) for j in range(slices)]
     )
-    scale = _scale(
-      jnp.max(amax, axis=1), refs.rows_smem.at[wg], power_of_two_scales
-    )
+    scale = _scale(amax, refs.rows_smem.at[wg], power_of_two_scales)
     refs.scales_gmem[place(tile)] = scale
     convert = functools.partial(
-      _quantize.convert_by_scalar,
+      _fp8.convert_by_scalar,
       scale=scale,
       dtype=_DTYPE,
       interpret=interpret,
@@ -111,7 +111,7 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
         plgpu.copy_smem_to_gmem(smem.at[wg, j], gmem, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
 
-  _quantize.for_each_tile(num_blocks, slots, load, quantize_block)
+  _tile_loop.for_each_tile(num_blocks, slots, load, quantize_block)
 
 
 def _scale(amax, smem, power_of_two_scales: bool):
@@ -125,7 +125,7 @@ def _scale(amax, smem, power_of_two_scales: bool):
   shape = (amax.shape[0], amax.shape[0])
   amax = jnp.max(lax.broadcast_in_dim(columns, shape, (1,)), axis=1)
   # The same number 128 times: Mosaic does not bitcast scalars.
-  scales = _quantize.scale_of(amax, _DTYPE, power_of_two_scales)
+  scales = _fp8.scale_of(amax, _DTYPE, power_of_two_scales)
   plgpu.commit_smem()
   smem[...] = scales
   plgpu.commit_smem()
@@ -157,7 +157,7 @@ def quantize_weights(
   k_missing = k_stored - k if k < SCALE_BLOCK else -k % 8
   n_missing = n_stored - n if n < SCALE_BLOCK else -n % slice_n
   w = jnp.pad(w, ((0, 0), (0, k_missing), (0, n_missing)))
-  return _quantize.launch(
+  return _tile_loop.launch(
     functools.partial(
       _kernel, power_of_two_scales=power_of_two_scales, interpret=interpret
     ),

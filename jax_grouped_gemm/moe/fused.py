@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_grouped_gemm import checks, manual_axes
 from jax_grouped_gemm import implementation as implementations
+from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.fused_quantization import (
   quantize_activation,
   quantize_gathered,
@@ -27,6 +28,7 @@ from jax_grouped_gemm.moe.activation import Activation, activate
 from jax_grouped_gemm.moe.permutation import Permutation, gather_copies
 from jax_grouped_gemm.ops import m_grouped_gemm
 from jax_grouped_gemm.quantization import (
+  quantize,
   quantize_rows,
   quantize_weights,
   where_supported,
@@ -240,12 +242,15 @@ def _gradients(call: _Call, x, index, rhs, dgrad: ScaledArray, sizes, dout):
 
   def unfused(x, rhs):
     lhs = call.prologue.apply(x, index, product.implementation)
+    # Nor are the rows of lhs quantised: nothing is made of them.
+    rows = jax.eval_shape(lambda: quantize(lhs, (1, SCALE_BLOCK)))
     return ragged_dot(
       lhs,
       rhs,
       sizes,
       preferred_element_type=lhs.dtype,
       recipe=product.recipe,
+      quantized_lhs=jax.tree.map(jnp.zeros_like, rows),
       quantized_rhs=QuantizedWeights(dgrad.mT, dgrad),
       implementation=product.implementation,
     )

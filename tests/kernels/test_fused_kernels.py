@@ -21,7 +21,7 @@ from jax_grouped_gemm.fused_quantization import (
   quantize_activation,
   quantize_gathered,
 )
-from jax_grouped_gemm.kernels import _quantize
+from jax_grouped_gemm.kernels import _tile_loop
 from jax_grouped_gemm.kernels import activation_backward as backward_kernel
 from jax_grouped_gemm.kernels import gather as gather_kernel
 from jax_grouped_gemm.kernels import quantize as rows_kernel
@@ -58,7 +58,7 @@ def few_warpgroups(monkeypatch):
   """So that each has more tiles than slots."""
   for kernel in (rows_kernel, backward_kernel, gather_kernel):
     monkeypatch.setattr(kernel, "_WGS", 2)
-  monkeypatch.setattr(_quantize, "num_sms", lambda: 2)
+  monkeypatch.setattr(_tile_loop, "num_sms", lambda: 2)
 
 
 # ---------------------------------------------------------------- activation

@@ -15,10 +15,11 @@ from jax_grouped_gemm import (
   quantize_for_k_grouped,
   quantize_weights,
 )
-from jax_grouped_gemm.kernels import _quantize
+from jax_grouped_gemm.kernels import _tile_loop
 from jax_grouped_gemm.kernels import quantize as rows_kernel
 from jax_grouped_gemm.kernels import quantize_tokens as tokens_kernel
 from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
+from jax_grouped_gemm.quantization import quantize_rows_and_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +96,7 @@ def test_shapes_of_rows(interpreter, shape):
 def test_slots_are_used_again(interpreter, monkeypatch):
   """Few warpgroups, so that each has more tiles than slots."""
   monkeypatch.setattr(rows_kernel, "_WGS", 2)
-  monkeypatch.setattr(_quantize, "num_sms", lambda: 2)
+  monkeypatch.setattr(_tile_loop, "num_sms", lambda: 2)
   x = jnp.asarray(hostile(100, 1040)).astype(BF16)
   with interpreter():
     out = quantize(x, (1, 128), implementation="interpret")
@@ -107,7 +108,7 @@ def test_slots_are_used_again(interpreter, monkeypatch):
 def test_weights(interpreter, monkeypatch, shape, power_of_two):
   """Both copies, from one warpgroup with more blocks than slots."""
   monkeypatch.setattr(weights_kernel, "_WGS", 1)
-  monkeypatch.setattr(_quantize, "num_sms", lambda: 1)
+  monkeypatch.setattr(_tile_loop, "num_sms", lambda: 1)
   w = hostile(shape[0] * shape[1], shape[2]).reshape(shape).astype(BF16)
   kernel = functools.partial(
     weights_kernel.quantize_weights,
@@ -140,7 +141,7 @@ def test_quantize_weights(interpreter):
 def test_tokens(interpreter, monkeypatch, dtype, power_of_two):
   """Groups that start anywhere, and NaN in the rows of none, or of another."""
   monkeypatch.setattr(tokens_kernel, "_WGS", 1)
-  monkeypatch.setattr(_quantize, "num_sms", lambda: 2)
+  monkeypatch.setattr(_tile_loop, "num_sms", lambda: 2)
   x, sizes = hostile(300, 144), np.array([3, 0, 130, 1, 97])
   x[131:135] = np.nan
   x[231:] = np.inf
@@ -153,6 +154,33 @@ def test_tokens(interpreter, monkeypatch, dtype, power_of_two):
   rows = oracle.group_rows(sizes, 300)
   padded = oracle.pad_tokens(x.astype(F32), rows, out.shape[1])
   check(out, padded, (1, 128), dtype, power_of_two)
+
+
+@dtypes
+def test_rows_and_tokens(interpreter, monkeypatch, dtype):
+  """Rows and tokens of groups that start anywhere, from tiles read once."""
+  monkeypatch.setattr(tokens_kernel, "_WGS_WITH_ROWS", 1)
+  monkeypatch.setattr(_tile_loop, "num_sms", lambda: 2)
+  x, sizes = hostile(300, 144), np.array([3, 0, 130, 1, 97])
+  x[131:135] = np.nan
+  x = jnp.asarray(x).astype(BF16)
+  both = functools.partial(quantize_rows_and_tokens, x, sizes)
+  with interpreter():
+    out = both(dtype=dtype, implementation="interpret")
+  expected = both(dtype=dtype, implementation="xla")
+  assert jax.tree.structure(out) == jax.tree.structure(expected)
+  rows, tokens = out
+  covered = int(sizes.sum())
+  check(
+    ScaledArray(
+      rows.values[:covered], rows.scales[:covered], (1, 128), (0, 112)
+    ),
+    x[:covered],
+    (1, 128),
+    dtype,
+  )
+  np.testing.assert_array_equal(bits(tokens.values), bits(expected[1].values))
+  np.testing.assert_array_equal(tokens.scales, expected[1].scales)
 
 
 @pytest.mark.parametrize(
@@ -168,11 +196,17 @@ def test_sizes_of_tokens(interpreter, t, f, sizes):
   x = jnp.asarray(oracle.random_floats((t, f))).astype(BF16)
   sizes = np.array(sizes, np.int32)
   with interpreter():
-    out = quantize_for_k_grouped(x, sizes, implementation="interpret")
+    outs = (
+      quantize_for_k_grouped(x, sizes, implementation="interpret"),
+      quantize_rows_and_tokens(
+        x, sizes, implementation="interpret", dtype=E4M3
+      )[1],
+    )
   expected = quantize_for_k_grouped(x, sizes)
-  assert jax.tree.structure(out) == jax.tree.structure(expected)
-  np.testing.assert_array_equal(bits(out.values), bits(expected.values))
-  np.testing.assert_array_equal(out.scales, expected.scales)
+  for out in outs:
+    assert jax.tree.structure(out) == jax.tree.structure(expected)
+    np.testing.assert_array_equal(bits(out.values), bits(expected.values))
+    np.testing.assert_array_equal(out.scales, expected.scales)
 
 
 # ---------------------------------------------------------------- jax
@@ -264,7 +298,11 @@ def test_weights_compile(compile_and_report, shape):
 @pytest.mark.parametrize("t, f", [(5000, 7168), (1, 16), (133, 80)])
 def test_tokens_compile(compile_and_report, t, f, dtype):
   blocks = (-(-t // 128) + 3,), jnp.int32
-  fn = functools.partial(
-    tokens_kernel.quantize_tokens, dtype=dtype, power_of_two_scales=True
-  )
-  compile_and_report(fn, ((t, f), BF16), blocks, blocks)
+  for rows in (False, True):
+    fn = functools.partial(
+      tokens_kernel.quantize_tokens,
+      dtype=dtype,
+      power_of_two_scales=True,
+      rows=rows,
+    )
+    compile_and_report(fn, ((t, f), BF16), blocks, blocks)

@@ -12,7 +12,7 @@ from hopper import compile_for_hopper
 
 from jax_grouped_gemm import Recipe, moe, quantize
 from jax_grouped_gemm.kernels import (
-  _quantize,
+  _tile_loop,
   activation_backward,
   gather,
 )
@@ -52,12 +52,13 @@ def small(monkeypatch):
     return lambda *args, **kw: fn(*args, **{**kw, "implementation": "xla"})
 
   names = ("m_grouped_gemm", "k_grouped_gemm", "quantize", "quantize_weights")
+  names += ("quantize_for_k_grouped", "quantize_rows_and_tokens")
   for module in (fused, sys.modules["jax_grouped_gemm.ragged_dot"]):
-    for name in (*names, "quantize_for_k_grouped"):
+    for name in names:
       if hasattr(module, name):
         monkeypatch.setattr(module, name, by_xla(getattr(module, name)))
   monkeypatch.setattr(Unquantized, "_choose", lambda *_: "xla")
-  monkeypatch.setattr(_quantize, "num_sms", lambda: 1)
+  monkeypatch.setattr(_tile_loop, "num_sms", lambda: 1)
   for kernel in (activation_backward, gather, quantize_rows):
     monkeypatch.setattr(kernel, "_WGS", 1)
 
@@ -366,8 +367,8 @@ def test_kernels_of_the_layer():
     "quantize_gathered": 1,
     "quantize_swiglu": 1,
     "m_grouped_gemm": 4,
-    "quantize_rows": 2,  # Of gradients.
-    "quantize_tokens": 4,
+    "quantize_rows_and_tokens": 2,  # Of gradients.
+    "quantize_tokens": 2,
     "swiglu_backward": 1,
     "k_grouped_gemm": 2,
   }
