@@ -121,13 +121,19 @@ class Product:
     rhs: Float[Array, "g k n"] | ScaledArray,
     group_sizes: Int[Array, "g"],
     index: Any = None,
+    quantized: QuantizedWeights | None = None,
   ) -> Float[Array, "m n"]:
-    """Returns out in x's dtype; rhs is (g, n, k) if it is a ScaledArray."""
+    """Returns out in x's dtype; rhs is (g, n, k) if it is a ScaledArray.
+
+    `quantized` is quantize_weights(rhs), where the caller has it.
+    """
     fuse = self.fuse and prologue != Rows()
     if not fuse and prologue != Rows():
       x = prologue.apply(x, index, "xla")
       prologue, index = Rows(), None
-    x, index, rhs, group_sizes = vary_alike(x, index, rhs, group_sizes)
+    x, index, rhs, quantized, group_sizes = vary_alike(
+      x, index, rhs, quantized, group_sizes
+    )
     call = _Call(self, prologue, rhs.dtype)
     if isinstance(rhs, ScaledArray):
       # Its backward pass says that there is none.
@@ -140,18 +146,20 @@ class Product:
         preferred_element_type=x.dtype,
         recipe=self.recipe,
         quantized_lhs=index,
+        quantized_rhs=quantized,
         implementation=self.implementation,
       )
-    weights = quantize_weights(
-      lax.stop_gradient(rhs),
-      power_of_two_scales=self.recipe.power_of_two_scales,
-      implementation=where_supported(
-        self.implementation, checks.unsupported_by_quantize_weights(rhs)
-      ),
-    )
-    return _fused_dot(
-      call, x, index, rhs, name_quantized_weights(weights), group_sizes
-    )
+    if quantized is None:
+      quantized = name_quantized_weights(
+        quantize_weights(
+          lax.stop_gradient(rhs),
+          power_of_two_scales=self.recipe.power_of_two_scales,
+          implementation=where_supported(
+            self.implementation, checks.unsupported_by_quantize_weights(rhs)
+          ),
+        )
+      )
+    return _fused_dot(call, x, index, rhs, quantized, group_sizes)
 
 
 def choose_fusion(

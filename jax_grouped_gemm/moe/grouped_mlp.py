@@ -25,7 +25,11 @@ from jax_grouped_gemm.moe.fused import (
   choose_fusion,
 )
 from jax_grouped_gemm.moe.permutation import Permutation
-from jax_grouped_gemm.quantized_weights import QUANTIZED_WEIGHTS
+from jax_grouped_gemm.quantized_weights import (
+  QUANTIZED_WEIGHTS,
+  QuantizedWeights,
+  check_quantized_weights,
+)
 from jax_grouped_gemm.recipe import Recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
 
@@ -45,6 +49,7 @@ def grouped_mlp(
   permutation: Permutation | None = None,
   rematerialize: bool = False,
   quantized_x: ScaledArray | None = None,
+  quantized_weights: tuple[QuantizedWeights, QuantizedWeights] | None = None,
   fuse: bool | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "m d"]:
@@ -83,6 +88,8 @@ def grouped_mlp(
       is fused always does.
     quantized_x: quantize(x, (1, 128)), as ragged_dot's quantized_lhs; not with
       a permutation.
+    quantized_weights: quantize_weights of gate_up and of down, to be used for
+      many calls, as ragged_dot's quantized_rhs.
     fuse: whether copying and activation are part of the quantisation for the
       products, so that they are not written in between. None: where the kernels
       are asked for, FP8 products of bfloat16 x, d and f multiples of 16. True
@@ -106,15 +113,23 @@ def grouped_mlp(
   quantized_x = checks.check_quantized_lhs("quantized_x", quantized_x, x.shape)
   if quantized_x is not None and permutation is not None:
     raise ValueError("quantized_x and permutation cannot both be given")
+  if quantized_weights is not None:
+    quantized_weights = _check_quantized_weights(
+      quantized_weights, gate_up, down, is_scaled, recipe
+    )
   copies = Rows() if permutation is None else Dispatched()
   index = quantized_x if permutation is None else permutation
   x, index, gate_up, down, gate_up_bias, down_bias, group_sizes = vary_alike(
     x, index, gate_up, down, gate_up_bias, down_bias, group_sizes
   )
 
+  quantized_gate_up, quantized_down = quantized_weights or (None, None)
+
   def rest(hidden, gate_up_bias, down, down_bias, group_sizes):
     hidden = add_bias(hidden, gate_up_bias, group_sizes)
-    out = dot(Activated(activation), hidden, down, group_sizes)
+    out = dot(
+      Activated(activation), hidden, down, group_sizes, None, quantized_down
+    )
     return add_bias(out, down_bias, group_sizes)
 
   if rematerialize and not is_fused:
@@ -122,7 +137,7 @@ def grouped_mlp(
       QUANTIZED_WEIGHTS
     )
     rest = jax.checkpoint(rest, policy=keep_weights)
-  hidden = dot(copies, x, gate_up, group_sizes, index)
+  hidden = dot(copies, x, gate_up, group_sizes, index, quantized_gate_up)
   return rest(hidden, gate_up_bias, down, down_bias, group_sizes)
 
 
@@ -164,6 +179,25 @@ def _check_weights(x, gate_up, down, is_scaled: bool):
       f"{down.shape}"
     )
   return gate_up, down
+
+
+def _check_quantized_weights(weights, gate_up, down, is_scaled: bool, recipe):
+  """Returns them with jax arrays, once they can be copies of both weights."""
+  if is_scaled or not recipe.quantizes_weights:
+    raise ValueError(
+      "quantized_weights need float weights and a recipe whose forward or "
+      f"dgrad is 'fp8', got {type(gate_up).__name__} and {recipe}"
+    )
+  if not isinstance(weights, tuple) or len(weights) != 2:
+    raise TypeError(
+      f"quantized_weights must be those of gate_up and of down, got {weights}"
+    )
+  return tuple(
+    check_quantized_weights(f"quantized_weights[{i}]", copies, floats.shape)
+    for i, (copies, floats) in enumerate(
+      zip(weights, (gate_up, down), strict=True)
+    )
+  )
 
 
 def _check_permutation(permutation: Permutation, x) -> int:

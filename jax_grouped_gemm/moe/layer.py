@@ -13,6 +13,7 @@ from jax_grouped_gemm.moe.grouped_mlp import Weights, grouped_mlp
 from jax_grouped_gemm.moe.permutation import combine, sort_by_expert
 from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
 from jax_grouped_gemm.quantization import quantize_rows
+from jax_grouped_gemm.quantized_weights import QuantizedWeights
 from jax_grouped_gemm.recipe import Recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
 
@@ -72,6 +73,7 @@ def moe_layer(
   activation: Activation = "swiglu",
   recipe: Recipe = Recipe(),  # noqa: B008, immutable.
   rematerialize: bool = False,
+  quantized_weights: tuple[QuantizedWeights, QuantizedWeights] | None = None,
   fuse: bool | None = None,
   parallel: ExpertParallel | None = None,
   implementation: str | None = None,
@@ -94,10 +96,12 @@ def moe_layer(
     activation: as in grouped_mlp.
     recipe: the same.
     rematerialize: the same.
+    quantized_weights: the same.
     fuse: the same.
     parallel: how the experts are spread over devices, for calls inside
-      jax.shard_map: x and the experts' parameters are then the device's own,
-      router, router_bias and expert_bias those of all experts.
+      jax.shard_map: x and the experts' parameters, quantised or not, are then
+      the device's own, router, router_bias and expert_bias those of all
+      experts.
     implementation: as in ragged_dot.
   """
   x = jnp.asarray(x)
@@ -129,6 +133,7 @@ def moe_layer(
       permutation=permutation,
       rematerialize=rematerialize,
       quantized_x=quantized,
+      quantized_weights=quantized_weights,
       fuse=fuse,
       implementation=implementation,
     )

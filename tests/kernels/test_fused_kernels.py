@@ -30,7 +30,10 @@ pytestmark = pytest.mark.slow
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
-powers = pytest.mark.parametrize("power_of_two", [False, True])
+# Each value of both.
+options = pytest.mark.parametrize(
+  "dtype, power_of_two", [(E4M3, False), (E5M2, True)], ids=str
+)
 
 
 def gates(m, f):
@@ -65,8 +68,7 @@ def few_warpgroups(monkeypatch):
 
 
 @activations
-@dtypes
-@powers
+@options
 def test_activation(
   interpreter, few_warpgroups, activation, dtype, power_of_two
 ):
@@ -159,9 +161,8 @@ def test_float32_is_as_good_as_float64(activation):
 # ---------------------------------------------------------------- gather
 
 
-@powers
 @pytest.mark.parametrize("x_dtype", [BF16, F32])
-@dtypes
+@options
 def test_gather(interpreter, few_warpgroups, x_dtype, dtype, power_of_two):
   """Rows many times, in any order; an odd number of column blocks."""
   x = jnp.asarray(hostile(23, 656)).astype(x_dtype)

@@ -29,23 +29,30 @@ def run(sizes, t, m, n, config, accumulator=False, dtype=jnp.float32):
   check(gemm(*operands), *expected)
 
 
-@pytest.mark.parametrize("accumulator", [False, True])
-@pytest.mark.parametrize("cluster, late_store", [(1, False), (2, True)])
-@pytest.mark.parametrize("tile_n", [64, 128])
+@pytest.mark.parametrize(
+  "tile_n, cluster, accumulator, late_store",
+  [
+    (64, 1, True, False),
+    (64, 2, False, True),
+    (128, 1, False, False),
+    (128, 2, True, True),
+  ],
+)
 def test_every_tile(interpreter, tile_n, cluster, accumulator, late_store):
   config = Config(
     tile_n=tile_n,
     cluster=cluster,
-    num_stages=3,
+    num_stages=2,
     late_store=late_store,
-    num_sms=4,
+    num_sms=2,
   )
   with interpreter():
-    run([100, 0, 300], 400, 144, 2 * tile_n + 16, config, accumulator)
+    run([100, 0, 300], 400, 144, tile_n + 16, config, accumulator)
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL_LATE])
-@pytest.mark.parametrize("accumulator", [False, True])
+@pytest.mark.parametrize(
+  "config, accumulator", [(SMALL, True), (SMALL_LATE, False)]
+)
 def test_every_pattern_of_empty_groups(interpreter, accumulator, config):
   gemm = jitted(m=16, n=16, out_dtype=jnp.float32, config=config)
   for sizes in itertools.product([0, 3], repeat=3):
@@ -58,7 +65,6 @@ def test_ragged_and_hostile_sizes(interpreter):
   gemm = jitted(m=80, n=48, out_dtype=jnp.float32, config=SMALL)
   for sizes in [
     [1, 1, 1, 1, 1, 1],
-    [0, 127, 1, 128, 0, 44],
     [0, 0, 300, 0, 0, 0],
     [0, 0, 0, 0, 0, 0],
     [0, 129, 3, 0, 5, 9],
@@ -73,7 +79,7 @@ def test_ragged_and_hostile_sizes(interpreter):
 def test_every_number_of_blocks(interpreter):
   """Fewer than there are slots, as many, more."""
   with interpreter():
-    sizes = [128 * blocks for blocks in range(1, 7)]
+    sizes = [128 * blocks for blocks in range(1, 5)]
     run(sizes, sum(sizes), 16, 16, SMALL)
 
 

@@ -17,7 +17,6 @@ pytestmark = pytest.mark.slow
 
 SMALL = Config(tile_n=64, cluster=1, num_stages=2, num_sms=2)
 SHARED_RHS = Config(tile_n=64, multicast="rhs", num_stages=2, num_sms=4)
-CLUSTERS = [(1, "lhs"), (2, "lhs"), (2, "rhs")]
 
 
 def jitted(**static):
@@ -30,19 +29,28 @@ def run(sizes, m, n, k, config, dtype=jnp.bfloat16):
   check(gemm(*operands), *expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("cluster, multicast", CLUSTERS)
-@pytest.mark.parametrize("tile_n", [64, 128, 192])
+@pytest.mark.parametrize(
+  "tile_n, cluster, multicast, dtype",
+  [
+    (64, 1, "lhs", jnp.float32),
+    (64, 2, "rhs", jnp.bfloat16),
+    (128, 2, "lhs", jnp.bfloat16),
+    (128, 2, "rhs", jnp.float32),
+    (192, 1, "lhs", jnp.bfloat16),
+    (192, 2, "lhs", jnp.float32),
+    (192, 2, "rhs", jnp.bfloat16),
+  ],
+)
 def test_every_tile(interpreter, tile_n, cluster, multicast, dtype):
   config = Config(
     tile_n=tile_n,
     cluster=cluster,
     multicast=multicast,
-    num_stages=3,
-    num_sms=4,
+    num_stages=2,
+    num_sms=2,
   )
   with interpreter():
-    run([100, 0, 37, 200], 345, 2 * tile_n + 16, 400, config, dtype)
+    run([100, 0, 37, 130], 275, tile_n + 16, 272, config, dtype)
 
 
 def test_every_pattern_of_empty_groups(interpreter):
@@ -53,18 +61,17 @@ def test_every_pattern_of_empty_groups(interpreter):
       check(gemm(*operands), *expected, label=sizes)
 
 
-@pytest.mark.parametrize("multicast", ["lhs", "rhs"])
-@pytest.mark.parametrize("tile_n", [64, 128])
+@pytest.mark.parametrize("tile_n, multicast", [(64, "rhs"), (128, "lhs")])
 def test_three_compute_warpgroups(interpreter, tile_n, multicast):
   config = Config(
     tile_n=tile_n,
     compute_wgs=3,
     multicast=multicast,
     num_stages=3,
-    num_sms=4,
+    num_sms=2,
   )
   with interpreter():
-    run([100, 0, 37, 300], 445, 2 * tile_n + 16, 400, config)
+    run([100, 0, 37, 200], 345, tile_n + 16, 400, config)
 
 
 @pytest.mark.parametrize("config", [SMALL, SHARED_RHS])
@@ -72,8 +79,6 @@ def test_ragged_and_hostile_sizes(interpreter, config):
   gemm = jitted(m=300, n=64, out_dtype=jnp.bfloat16, config=config)
   for sizes in [
     [1, 1, 1, 1, 1, 1],  # One row each, all among 8 rows of a SMEM tile.
-    [0, 127, 1, 128, 0, 44],
-    [0, 0, 300, 0, 0, 0],
     [0, 0, 0, 0, 0, 0],
     [0, 129, 3, 0, 5, 9],
     [0, 130, 0, 0, 137, 0],  # Clusters of rows of two groups.
@@ -87,7 +92,7 @@ def test_ragged_and_hostile_sizes(interpreter, config):
 
 @pytest.mark.parametrize("late_store", [False, True])
 @pytest.mark.parametrize("turns", ["none", "slice", "tile"])
-@pytest.mark.parametrize("k", [128, 512])
+@pytest.mark.parametrize("k", [128, 400])
 def test_every_order_of_the_warpgroups(interpreter, k, turns, late_store):
   """Fewer slices than slots, and more."""
   config = Config(
@@ -103,11 +108,14 @@ def test_every_order_of_the_warpgroups(interpreter, k, turns, late_store):
     run([9, 200, 0, 1], 220, 80, k, config)
 
 
-@pytest.mark.parametrize("config", [SMALL, SHARED_RHS])
-@pytest.mark.parametrize("offset", [-(2**31), -1, 0, 1, 2, 4, 2**31 - 1])
+@pytest.mark.parametrize(
+  "config, offset",
+  [(SMALL, offset) for offset in (-(2**31), -1, 0, 2, 4)]
+  + [(SHARED_RHS, offset) for offset in (-1, 1, 2**31 - 1)],
+)
 def test_group_offset(interpreter, config, offset):
   """rhs holds 2 of 4 groups, from the offset on; rows of others are zero."""
-  m, sizes = 300, [20, 140, 0, 137]
+  m, sizes = 200, [20, 140, 0, 37]
   (lhs, lhs_scales, rhs, rhs_scales, *_), *expected = m_grouped(
     sizes, m, 64, 144
   )

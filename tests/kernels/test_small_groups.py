@@ -31,16 +31,22 @@ def run(sizes, m, n, k, config, dtype=BF16):
 
 @pytest.mark.parametrize(
   "tile_m, tile_n, dtype",
-  [(tile_m, tile_n, BF16) for tile_m in (8, 16, 32, 64) for tile_n in (64, 128)]
-  + [(8, 128, F32), (64, 64, F32)],
+  [
+    (8, 64, BF16),
+    (8, 128, F32),
+    (16, 128, BF16),
+    (32, 64, BF16),
+    (64, 64, F32),
+    (64, 128, BF16),
+  ],
 )
 def test_every_tile(interpreter, tile_m, tile_n, dtype):
   config = SmallGroupsConfig(
-    tile_m=tile_m, tile_n=tile_n, num_stages=3, num_sms=3
+    tile_m=tile_m, tile_n=tile_n, num_stages=2, num_sms=3
   )
   sizes = [5, 0, tile_m, tile_m + 7, 1]
   with interpreter():
-    run(sizes, sum(sizes) + 9, tile_n + 16, 400, config, dtype)
+    run(sizes, sum(sizes) + 9, tile_n + 16, 272, config, dtype)
 
 
 def test_every_pattern_of_empty_groups(interpreter):
@@ -56,7 +62,6 @@ def test_ragged_and_hostile_sizes(interpreter):
   for sizes in [
     [1, 1, 1, 1, 1, 1],  # One row each, all among 8 rows of a SMEM tile.
     [7, 8, 9, 0, 1, 20],
-    [0, 0, 45, 0, 0, 0],
     [0, 0, 0, 0, 0, 0],
     [4, 2**31 - 1, 2**31 - 1, 2**31 - 1, 4, 0],  # Beyond m: cut off.
     [-7, 20, -(2**31), 1, 1, -1],  # Negative: empty.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hopper import compile_for_hopper
 
-from jax_grouped_gemm import Recipe, moe, quantize
+from jax_grouped_gemm import Recipe, moe, quantize, quantize_weights
 from jax_grouped_gemm.kernels import (
   _tile_loop,
   activation_backward,
@@ -261,6 +261,14 @@ def test_checkpoint_and_scan(fused_by_xla, recipe):
   unfused = grad(X, layers, False, False)
   for checkpoint in (False, True):
     near(grad(X, layers, True, checkpoint), unfused)
+
+
+def test_weights_quantised_once(fused_by_xla):
+  quantized = tuple(map(quantize_weights, WEIGHTS))
+  run = functools.partial(mlp, implementation="xla")
+  expected = with_gradients(run, X, *WEIGHTS)
+  run = functools.partial(run, quantized_weights=quantized)
+  equal(with_gradients(run, X, *(0 * w for w in WEIGHTS)), expected)
 
 
 def test_shard_map(fused_by_xla):

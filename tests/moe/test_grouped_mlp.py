@@ -9,7 +9,13 @@ import numpy as np
 import oracle
 import pytest
 
-from jax_grouped_gemm import Recipe, moe, quantize, ragged_dot
+from jax_grouped_gemm import (
+  Recipe,
+  moe,
+  quantize,
+  quantize_weights,
+  ragged_dot,
+)
 
 M, D, F, G = 60, 32, 48, 4
 SIZES = (20, 0, 1, 30)  # 9 rows are nobody's.
@@ -28,6 +34,7 @@ X, DOUT = normal(M, D), normal(M, D)
 GATE_UP = normal(G, D, 2 * F, scale=0.5)
 DOWN = normal(G, F, D, scale=0.2)
 BIASES = normal(G, 2 * F), normal(G, D)
+QUANTIZED = quantize_weights(GATE_UP), quantize_weights(DOWN)
 
 
 def ours(x, gate_up, down, gate_up_bias=None, down_bias=None, **kwargs):
@@ -102,6 +109,21 @@ def test_fp8_is_two_ragged_dots(dtype, rematerialize):
   for got, want in zip(results, expected, strict=True):
     got, want = np.float64(got), np.float64(want)
     assert np.linalg.norm(got - want) <= 2 * step * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(dgrad="bf16")], ids=str)
+def test_weights_quantised_once(recipe):
+  """The same bits, though float weights that are none of theirs are passed."""
+  run = functools.partial(ours, recipe=recipe)
+  expected, expected_vjp = jax.vjp(jax.jit(run), X, GATE_UP, DOWN)
+  run = jax.jit(functools.partial(run, quantized_weights=QUANTIZED))
+  # A product that is not quantised reads the floats.
+  others = [w if recipe.dgrad == "bf16" else 0 * w for w in (GATE_UP, DOWN)]
+  out, vjp = jax.vjp(run, X, *others)
+  for got, want in zip(
+    (out, *vjp(DOUT)), (expected, *expected_vjp(DOUT)), strict=True
+  ):
+    equal(got, want)
 
 
 # ---------------------------------------------------------------- serving
@@ -321,6 +343,32 @@ def scaled(w, blocks=(1, 128, 128)):
       "got 2",
     ),
     (lambda: ours(X.astype(jnp.int32), GATE_UP, DOWN), TypeError, "int32"),
+    (
+      lambda: ours(X, GATE_UP, DOWN, quantized_weights=QUANTIZED),
+      ValueError,
+      "forward or dgrad is 'fp8'.*'bf16'",
+    ),
+    (
+      lambda: ours(
+        X, scaled(GATE_UP.mT), scaled(DOWN.mT), quantized_weights=QUANTIZED
+      ),
+      ValueError,
+      "need float weights .*ScaledArray",
+    ),
+    (
+      lambda: ours(
+        X, GATE_UP, DOWN, recipe=Recipe(), quantized_weights=QUANTIZED[::-1]
+      ),
+      ValueError,
+      r"quantized_weights\[0\].forward must be .*\(4, 96, 32\)",
+    ),
+    (
+      lambda: ours(
+        X, GATE_UP, DOWN, recipe=Recipe(), quantized_weights=QUANTIZED[:1]
+      ),
+      TypeError,
+      "those of gate_up and of down",
+    ),
   ],
 )
 def test_errors(call, error, message):

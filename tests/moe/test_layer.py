@@ -8,7 +8,7 @@ import moe_oracle
 import numpy as np
 import pytest
 
-from jax_grouped_gemm import Recipe, moe, quantize
+from jax_grouped_gemm import Recipe, moe, quantize, quantize_weights
 
 T, D, F, E, K = 24, 32, 48, 5, 2
 BF16 = Recipe.bf16()
@@ -94,6 +94,22 @@ def test_serving_is_the_forward_pass_of_training():
   # Only the experts have no gradient.
   loss = lambda router: run(X, scaled._replace(router=router)).out.sum()
   assert jnp.abs(jax.grad(loss)(PLAIN.router)).max() > 0
+
+
+def test_weights_quantised_once():
+  """The floats are not read, but theirs is the gradient."""
+  quantized = quantize_weights(PLAIN.gate_up), quantize_weights(PLAIN.down)
+
+  def gradients(params, **kwargs):
+    loss = lambda params: moe.moe_layer(X, params, K, **kwargs).out.sum()
+    return jax.jit(jax.grad(loss))(params)
+
+  zeros = PLAIN._replace(gate_up=0 * PLAIN.gate_up, down=0 * PLAIN.down)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    gradients(zeros, quantized_weights=quantized),
+    gradients(PLAIN),
+  )
 
 
 def test_nan_stays_with_its_token():
