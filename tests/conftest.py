@@ -8,6 +8,10 @@ os.environ["NPROC"] = "32"
 if not shutil.which("nvidia-smi"):
   # Without a driver, the CUDA plugin complains.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  # Most of the time goes to compiling what then runs once, on little data.
+  os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+  )
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -73,7 +73,10 @@ def test_interrupt_leaves_the_curves(text, tmp_path):
     if line.startswith("step 0:"):
       break
   process.send_signal(signal.SIGINT)
-  _, stderr = process.communicate(timeout=60)
+  try:
+    _, stderr = process.communicate(timeout=300)
+  finally:
+    process.kill()
   assert process.returncode == 130, stderr
   assert "Traceback" not in stderr
   assert plot.read_bytes().startswith(b"\x89PNG")

@@ -48,6 +48,6 @@ def test_payload_and_chunks_leave_the_loss_as_it_is(alone):
 )
 def test_bad_flags_give_one_line(flags, message):
   process = start(*flags)
-  _, stderr = process.communicate(timeout=60)
+  _, stderr = process.communicate(timeout=300)
   assert process.returncode == 1
   assert stderr.strip().splitlines()[-1] == f"expert_parallel.py: {message}"
