@@ -63,6 +63,8 @@ def test_interrupt_leaves_the_curves(text, tmp_path):
     f"--plot={plot}",
     f"--json={numbers}",
   ]
+  # Of a shell's background jobs it is ignored, which processes inherit.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   process = subprocess.Popen(
     [sys.executable, moe_lm.__file__, "--recipe=both", *flags],
     stdout=subprocess.PIPE,
