@@ -37,7 +37,7 @@ from jax_grouped_gemm.kernels._pipeline import Ref
 # Warpgroups of a CTA, and the tiles of each on their way in; with rows tiles
 # are twice as large.
 _WGS, _SLOTS = 3, 2
-_WGS_WITH_ROWS, _SLOTS_WITH_ROWS = 4, 1
+_WGS_WITH_ROWS, _SLOTS_WITH_ROWS = 3, 1
 # TMA starts at whole 8 rows: up to 7 tokens before the block's come along.
 _ROWS = SCALE_BLOCK + ROW_ALIGN
 _PIECE_ROWS = 64  # of a tile, quantised along rows at once.
