@@ -36,7 +36,8 @@ class Config:
       neighbouring rows, as far as those are of one group.
     raster_width: column tiles (of clusters) that are visited for one row tile
       before the next row tile; consecutive tiles share operands in L2.
-    num_sms: CTAs launched; None: as many as a Hopper GPU has processors.
+    num_sms: CTAs launched; None: as many as a Hopper GPU has processors, or as
+      the environment variable JAX_GROUPED_GEMM_NUM_SMS says.
   """
 
   tile_n: int = 192
@@ -99,7 +100,7 @@ class SmallGroupsConfig:
       warpgroup for each 64. 64 makes twice the tiles, for few and short groups.
     num_stages: slots of shared memory between loading and multiplying; as many
       as fit keep the memory busy.
-    num_sms: CTAs launched; None: as many as a Hopper GPU has processors.
+    num_sms: as in Config.
   """
 
   tile_m: int = 16

@@ -1,5 +1,6 @@
 """What the GEMM kernels share: slots between load and compute; the launch."""
 
+import os
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from jax_grouped_gemm.config import WGMMA_M, Config
 # Registers of a thread that loads and of one that multiplies, by compute_wgs.
 # An SM has 65536: 512 for the threads of one index in their warpgroups.
 _REGS = {1: (40, 232), 2: (40, 232), 3: (32, 160)}
+NUM_SMS_VARIABLE = "JAX_GROUPED_GEMM_NUM_SMS"
+_LEAST_SMS = 2  # of a cluster.
 
 Ref = Any  # Pallas refs have no public type that supports `.at`.
 
@@ -156,6 +159,16 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
 
 
 def num_sms() -> int:
-  """Processors of the GPU at hand; those of an H100 or H200 without one."""
+  """Processors of the GPU at hand; those of an H100 or H200 without one.
+
+  The environment variable JAX_GROUPED_GEMM_NUM_SMS, read when a kernel is
+  traced, makes them fewer, so that what runs beside the kernels finds some.
+  """
   device = jax.devices()[0]
-  return device.core_count if device.platform == "gpu" else 132
+  count = device.core_count if device.platform == "gpu" else 132
+  most = os.environ.get(NUM_SMS_VARIABLE, str(count))
+  if not most.isdecimal() or int(most) < _LEAST_SMS:
+    raise ValueError(
+      f"{NUM_SMS_VARIABLE} must be a number from {_LEAST_SMS} on, got {most!r}"
+    )
+  return min(int(most), count)

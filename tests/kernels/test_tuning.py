@@ -1,13 +1,16 @@
 """What the tuning tables and the heuristic choose."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jax_grouped_gemm import quantize, ragged_dot
 from jax_grouped_gemm.config import SMEM_BYTES, Config
 from jax_grouped_gemm.kernels import tuning
+from jax_grouped_gemm.kernels._pipeline import NUM_SMS_VARIABLE
 
 
 @pytest.fixture
@@ -92,3 +95,36 @@ def test_the_estimate_grows_with_the_problem():
   # As measured: benchmarks/results/m_grouped-h200.json.
   assert us == pytest.approx(2033, rel=0.1)
   assert tuning.m_grouped_us(widest, 2**16, 6144, 7168, 4) > 1.9 * us
+
+
+# ---------------------------------------------------------------- processors
+
+
+@pytest.mark.parametrize("most, launched", [("100", 100), ("5000", 132)])
+def test_ctas_of_all_kernels_are_limited(monkeypatch, most, launched):
+  """Whatever config is chosen for them."""
+  monkeypatch.setenv(NUM_SMS_VARIABLE, most)
+  jax.clear_caches()  # What is traced once is not traced again.
+
+  def loss(lhs, rhs):
+    out = ragged_dot(
+      lhs, rhs, jnp.array([4096, 4096]), implementation="mosaic_gpu"
+    )
+    return out.astype(jnp.float32).sum()
+
+  x = jax.ShapeDtypeStruct((8192, 2048), jnp.bfloat16)
+  w = jax.ShapeDtypeStruct((2, 2048, 4096), jnp.bfloat16)
+  traced = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(x, w))
+  meshes = re.findall(r"Mesh\(grid=\((\d+),\).*cluster=\((\d*),?\)", traced)
+  assert len(meshes) >= 6
+  assert {int(grid) * int(cta or 1) for grid, cta in meshes} == {launched}
+
+
+@pytest.mark.parametrize("most", ["1", "many", "", "-4"])
+def test_what_is_no_number_of_ctas(monkeypatch, most):
+  monkeypatch.setenv(NUM_SMS_VARIABLE, most)
+  jax.clear_caches()
+  x = jax.ShapeDtypeStruct((16, 128), jnp.bfloat16)
+  fn = lambda x: quantize(x, (1, 128), implementation="mosaic_gpu")
+  with pytest.raises(ValueError, match=f"NUM_SMS must be .*got '{most}'"):
+    jax.eval_shape(fn, x)
