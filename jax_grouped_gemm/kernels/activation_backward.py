@@ -20,6 +20,7 @@ from jaxtyping import Array, BFloat16
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.kernels import _tile_loop
 from jax_grouped_gemm.kernels._activations import gradients
+from jax_grouped_gemm.kernels._fast_math import fast_math
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 _WGS = 6  # warpgroups of a CTA.
@@ -72,7 +73,9 @@ def _kernel(*operands, activation: str, interpret: bool, **scratch):
       _tile_loop.load_tile(refs.in_smem.at[wg, slot, i], layout, interpret)
       for i in range(3)
     )
-    results = gradients(*operands, activation=activation)
+    results = gradients(
+      *operands, activation=activation, ops=fast_math(layout, interpret)
+    )
     # The tile that was staged in this slot, each one group of copies.
     plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
     for i, result in enumerate(results):

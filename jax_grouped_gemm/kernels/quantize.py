@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Float32
 from jax_grouped_gemm.config import ROW_ALIGN, SCALE_BLOCK
 from jax_grouped_gemm.kernels import _quantize_rows, _tile_loop
 from jax_grouped_gemm.kernels._activations import activate
+from jax_grouped_gemm.kernels._fast_math import fast_math
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 _WGS = 6  # warpgroups of a CTA.
@@ -84,7 +85,8 @@ def _kernel(
       for i in range(parts)
     ]
     if activation:
-      tiles = [activate(*tiles, activation=activation)]
+      ops = fast_math(layout, interpret)
+      tiles = [activate(*tiles, activation=activation, ops=ops)]
     _quantize_rows.quantize_and_store(
       refs.out,
       slot,
