@@ -54,8 +54,8 @@ class _Refs(NamedTuple):
   rows_gmem: tuple[Ref, ...]  # Values and scales, or nothing.
   x_smem: Ref  # (wg, slots, parts, 136, 64)
   full: Ref  # (wg * slots,): an arrival for each part
-  values_smem: Ref  # (wg, 2, 64, 128) f8
-  scales_smem: Ref  # (wg, 2, 64) f32
+  values_smem: Ref  # (wg, staged, 64, 128) f8
+  scales_smem: Ref  # (wg, staged, 64) f32
   zeros_smem: Ref  # (wg, 64): in the place of the tokens of other groups
 
 
@@ -63,6 +63,7 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   refs = _Refs(*operands[:5], operands[5:], **scratch)
   wg = lax.axis_index("wg")
   _, slots, parts, *_ = refs.x_smem.shape
+  stages = refs.values_smem.shape[1]
   blocks = refs.first_gmem.shape[0]
   tiles = refs.scales_gmem.shape[1] // (parts * WGMMA_M)  # of a block
   dtype = refs.values_gmem.dtype
@@ -94,7 +95,7 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     if refs.rows_gmem:
       store_rows(x_parts, first, size, offset, j)
     for part, x_smem in enumerate(x_parts):
-      # Without rows, tiles take turns with the slots: they have one part.
+      # Where it is staged: parts in turn, or tiles of one part.
       staged = part if parts > 1 else slot
       x = _token_tiles.load_transposed(
         x_smem, offset, size, refs.zeros_smem.at[wg], interpret
@@ -102,8 +103,8 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
       values, scales = _fp8.quantize_rows(
         x, plgpu.Layout.WGMMA, dtype, **static
       )
-      # The tile that was staged in this slot, each one group of copies.
-      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+      # What was staged there before, each time one group of copies.
+      plgpu.wait_smem_to_gmem(stages - 1, wait_read_only=True)
       refs.values_smem[wg, staged] = values
       refs.scales_smem[wg, staged] = scales
       # Orders the reads of the slot before the next load too.
@@ -164,6 +165,7 @@ def quantize_tokens(
   parts, wgs, slots = 1, _WGS, _SLOTS
   if rows:
     parts, wgs, slots = 2, _WGS_WITH_ROWS, _SLOTS_WITH_ROWS
+  stages = parts if parts > 1 else slots
   width = parts * WGMMA_M
   # TMA wants whole swizzled tiles: a copy of x, unless its sizes are multiples
   # of 8 and 64. Beyond an array that is 64 wide, it would read that part again.
@@ -179,8 +181,8 @@ def quantize_tokens(
   scratch_types = dict(
     x_smem=plgpu.SMEM((wgs, slots, parts, _ROWS, WGMMA_M), x.dtype),
     full=plgpu.Barrier(num_arrivals=parts, num_barriers=wgs * slots),
-    values_smem=plgpu.SMEM((wgs, 2, WGMMA_M, SCALE_BLOCK), dtype),
-    scales_smem=plgpu.SMEM((wgs, 2, WGMMA_M), jnp.float32),
+    values_smem=plgpu.SMEM((wgs, stages, WGMMA_M, SCALE_BLOCK), dtype),
+    scales_smem=plgpu.SMEM((wgs, stages, WGMMA_M), jnp.float32),
     zeros_smem=plgpu.SMEM((wgs, WGMMA_M), x.dtype),
   )
   if rows:
