@@ -18,6 +18,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # for jax.shard_map
+# What is called next would start while kernels are interpreted, and block them.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 hypothesis.settings.register_profile(
   "jax",

@@ -145,7 +145,7 @@ def test_without_a_permutation():
   args = rows, *WEIGHTS
   got = with_gradients(run, *args)
   equal(got, with_gradients(functools.partial(run, fuse=False), *args))
-  equal(got[0], mlp(X, *WEIGHTS))
+  equal(got[0], jax.jit(mlp)(X, *WEIGHTS))
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe.bf16()])
@@ -165,7 +165,7 @@ def test_serving():
   scaled = [quantize(w.mT, (1, 128, 128)) for w in WEIGHTS]
   out = jax.jit(mlp)(X, *scaled, *BIASES)
   equal(out, jax.jit(functools.partial(mlp, fuse=False))(X, *scaled, *BIASES))
-  equal(out, mlp(X, *WEIGHTS, *BIASES))
+  equal(out, jax.jit(mlp)(X, *WEIGHTS, *BIASES))
   with pytest.raises(NotImplementedError, match="have no gradient"):
     jax.grad(lambda x: mlp(x, *scaled).sum())(X)
 
