@@ -21,8 +21,8 @@ from jax_grouped_gemm.fused_quantization import (
   quantize_activation,
   quantize_gathered,
 )
-from jax_grouped_gemm.quantization import quantize_rows_and_tokens
 from jax_grouped_gemm.scaled_array import ScaledArray, expand_scales
+from jax_grouped_gemm.token_quantization import quantize_rows_and_tokens
 
 
 class Problem(NamedTuple):

@@ -16,9 +16,7 @@ from jax_grouped_gemm.kernels.unquantized import Unquantized
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
 from jax_grouped_gemm.quantization import (
-  quantize_for_k_grouped,
   quantize_rows,
-  quantize_rows_and_tokens,
   quantize_weights,
   where_supported,
 )
@@ -29,6 +27,10 @@ from jax_grouped_gemm.quantized_weights import (
 )
 from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
+from jax_grouped_gemm.token_quantization import (
+  quantize_for_k_grouped,
+  quantize_rows_and_tokens,
+)
 
 _LHS_DTYPE = jnp.float8_e4m3fn  # Gradients are the recipe's.
 

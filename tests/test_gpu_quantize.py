@@ -18,7 +18,7 @@ from jax_grouped_gemm import (
   quantize_for_k_grouped,
   quantize_weights,
 )
-from jax_grouped_gemm.quantization import quantize_rows_and_tokens
+from jax_grouped_gemm.token_quantization import quantize_rows_and_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -106,47 +106,48 @@ def test_weights(shape, power_of_two):
   )
 
 
+TOKEN_SIZES = np.array([0, 1, 127, 128, 129, 0, 3001, 5])
+
+
+def tokens_of_groups(f):
+  """(5003, f), rows of no group NaN."""
+  x = hostile(5003, f)
+  x[4000:] = np.nan
+  return jnp.asarray(x).astype(BF16)
+
+
 @powers
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 @pytest.mark.parametrize("f", [16, 144, 2880])
 def test_tokens(f, dtype, power_of_two):
-  x = hostile(5003, f)
-  x[4000:] = np.nan  # Rows of no group.
-  sizes = (0, 1, 127, 128, 129, 0, 3001, 5)
-
-  def fn(x, implementation):
-    return quantize_for_k_grouped(
-      x,
-      np.array(sizes),
+  check(
+    functools.partial(
+      quantize_for_k_grouped,
+      group_sizes=TOKEN_SIZES,
       dtype=dtype,
       power_of_two_scales=power_of_two,
-      implementation=implementation,
-    )
-
-  check(fn, jnp.asarray(x).astype(BF16))
+    ),
+    tokens_of_groups(f),
+  )
 
 
 @powers
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 @pytest.mark.parametrize("f", [16, 144, 2880])
 def test_rows_and_tokens(f, dtype, power_of_two):
-  x = hostile(5003, f)
-  x[4000:] = np.nan  # Rows of no group.
-  sizes = (0, 1, 127, 128, 129, 0, 3001, 5)
-
   def fn(x, implementation):
     rows, tokens = quantize_rows_and_tokens(
       x,
-      np.array(sizes),
+      TOKEN_SIZES,
       dtype=dtype,
       power_of_two_scales=power_of_two,
       implementation=implementation,
     )
     # Rows of no group are unspecified.
-    m = sum(sizes)
+    m = sum(TOKEN_SIZES)
     return rows.values[:m], rows.scales[:m], tokens
 
-  check(fn, jnp.asarray(x).astype(BF16))
+  check(fn, tokens_of_groups(f))
 
 
 def test_gemm_of_what_the_kernels_quantise():

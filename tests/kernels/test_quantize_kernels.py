@@ -19,7 +19,7 @@ from jax_grouped_gemm.kernels import _tile_loop
 from jax_grouped_gemm.kernels import quantize as rows_kernel
 from jax_grouped_gemm.kernels import quantize_tokens as tokens_kernel
 from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
-from jax_grouped_gemm.quantization import quantize_rows_and_tokens
+from jax_grouped_gemm.token_quantization import quantize_rows_and_tokens
 
 pytestmark = pytest.mark.slow
 
