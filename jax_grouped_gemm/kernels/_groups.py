@@ -145,7 +145,10 @@ class Walk:
 
     A group's tiles are visited in strips of raster_width clusters of columns.
     """
-    shape = (self.row_clusters(group), self.col_clusters)
+    # Past all groups there are none: LLVM may take it that nobody divides by
+    # zero, so that nobody gets there, and a kernel did not end for that.
+    row_clusters = jnp.maximum(self.row_clusters(group), 1)
+    shape = (row_clusters, self.col_clusters)
     mi, ni = plgpu.planar_snake(
       tile - group.first_tile, shape, 1, self.config.raster_width
     )

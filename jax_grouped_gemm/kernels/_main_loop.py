@@ -12,20 +12,18 @@ from jax_grouped_gemm.kernels import _pipeline
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 
-def load_row_scales(scales_smem: Ref, slot):
-  """Returns the scale of each of the warpgroup's 64 rows of the slot."""
+def load_row_scales(scales_smem: Ref, slot, rows):
+  """Returns the scale of each of the slot's rows."""
   return plgpu.load(
-    scales_smem.at[slot, _pipeline.warpgroup_rows()],
-    layout=plgpu.Layout.WGMMA.reduce(1),
+    scales_smem.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1)
   )
 
 
-def start_products(refs, tile_n: int, slot):
-  """Starts the products of the slot, the warpgroup's (64, tile_n), unscaled.
+def start_products(refs, tile_n: int, slot, rows):
+  """Starts the products of 64 of the slot's rows, (64, tile_n), unscaled.
 
   What it returns is right only after the next wgmma_wait.
   """
-  rows = _pipeline.warpgroup_rows()
 
   def wgmma(acc):
     plgpu.wgmma(acc, refs.lhs_smem.at[slot, rows], refs.rhs_smem.at[slot].T)
@@ -42,13 +40,14 @@ class _Slices(NamedTuple):
 
   refs: Any
   config: Config
+  rows: Any
   turns: Any
   load_scales: Callable
   promote: Callable
   settle: Callable
 
   def start(self, slot):
-    return start_products(self.refs, self.config.tile_n, slot)
+    return start_products(self.refs, self.config.tile_n, slot, self.rows)
 
   def compute(self, ki, carry):
     """Starts the next slice as soon as this one has been promoted."""
@@ -70,13 +69,11 @@ class _Slices(NamedTuple):
     return self.settle(sums)
 
   def _prepare(self, ki, slot, sums):
-    """What can be done beneath the products.
-
-    The wait for the next slot, which follows, ends the basic block: ptxas moves
-    nothing of this behind it, where each instruction would delay the next
-    products.
-    """
-    sums, scales = self.settle(sums), self.load_scales(slot, ki)
+    """What can be done beneath the products."""
+    sums, scales = self.settle(sums), self.load_scales(slot, ki, self.rows)
+    # Orders all warps' reads before TMA writes, which follow when the first
+    # warp alone has released the slot.
+    plgpu.commit_smem()
     return lax.optimization_barrier((sums, scales))
 
   def _promote(self, slot, sums, products, scales):
@@ -114,7 +111,7 @@ def accumulate(
   of the promotion, to be done beneath the next products.
 
   The products are the warpgroup's (64, tile_n) of one k slice, whose scales
-  load_scales(slot, ki) returns. While they run on the tensor cores, the next
+  load_scales(slot, ki, rows) returns. While they run on the tensor cores, the next
   slice is awaited and their scales are loaded. So little more than the
   promotion stands between the end of a slice's products and the start of the
   next ones, and the address arithmetic of those hides beneath it.
@@ -124,7 +121,9 @@ def accumulate(
   """
   first_slot = lax.rem(step, config.num_stages)
   turns = Turns(refs.turn, config)
-  slices = _Slices(refs, config, turns, load_scales, promote, settle)
+  # Here: in the loop, which warpgroup it is would be found out anew each time.
+  rows = _pipeline.warpgroup_rows()
+  slices = _Slices(refs, config, rows, turns, load_scales, promote, settle)
   plgpu.barrier_wait(refs.full.at[first_slot])
   turns.start_tile()
   products = turns.end_first(slices.start(first_slot))

@@ -24,23 +24,37 @@ def load_slices(empty: Ref, num_stages: int, k_iters, step, load_slice):
   """Calls load_slice(ki, slot) for each k slice once its slot is empty.
 
   `step` counts the slices of all tiles and so tells the slot. Returns the step
-  after the tile.
+  after the tile. Whoever reads a slot, other than by wgmma, commits that before
+  it releases the slot.
   """
 
-  def load_next(ki, step):
-    slot = lax.rem(step, num_stages)
+  def load_next(ki, _):
+    slot = lax.rem(step + ki, num_stages)
 
-    @pl.when(step >= num_stages)
+    @pl.when(step + ki >= num_stages)
     def wait_empty():
       plgpu.barrier_wait(empty.at[slot])
-      # Orders the reads of the slot's scales before the TMA writes to come.
-      # Here, and not where they are read, it costs nothing (NOTES.md).
-      plgpu.commit_smem()
 
     load_slice(ki, slot)
-    return step + 1
+    return 0
 
-  return lax.fori_loop(0, k_iters, load_next, step)
+  on_one_warp(lambda: lax.fori_loop(0, k_iters, load_next, 0))
+  return step + k_iters
+
+
+def on_one_warp(fn):
+  """Runs fn() on the first warp alone: four would issue all of it four times.
+
+  A barrier is waited for there or elsewhere, not both: each warp knows only of
+  its own waits.
+  """
+
+  def run(warp):
+    @pl.when(warp == 0)
+    def first():
+      fn()
+
+  plgpu.warp_map(run)
 
 
 def load_operands(
@@ -131,7 +145,8 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     @pl.when(wg == config.compute_wgs)
     def load_warpgroup():
       plgpu.set_max_registers(load_regs, action="decrease")
-      drain(refs.empty, config.num_stages, load(refs))
+      steps = load(refs)
+      on_one_warp(lambda: drain(refs.empty, config.num_stages, steps))
 
     @pl.when(wg < config.compute_wgs)
     def compute_warpgroup():

@@ -24,7 +24,7 @@ from jax_grouped_gemm.kernels._fast_math import fast_math
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 _WGS = 6  # warpgroups of a CTA.
-_SLOTS = 3  # tiles of each warpgroup on their way in, and on their way out.
+_SLOTS = 2  # tiles of each warpgroup on their way in, and on their way out.
 _TILE_ROWS = 8
 _TILE_COLS = SCALE_BLOCK
 

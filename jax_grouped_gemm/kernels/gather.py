@@ -27,8 +27,8 @@ from jax_grouped_gemm.config import ROW_ALIGN, SCALE_BLOCK
 from jax_grouped_gemm.kernels import _quantize_rows, _tile_loop
 from jax_grouped_gemm.kernels._pipeline import Ref
 
-_WGS = 6  # warpgroups of a CTA.
-_SLOTS = 3  # tiles of each warpgroup on their way in, and on their way out.
+_WGS = 8  # warpgroups of a CTA.
+_SLOTS = 2  # tiles of each warpgroup on their way in, and on their way out.
 _TILE_BYTES = 8192  # of x.
 _TILE_COLS = 256  # The most that TMA copies at once: few copies, long rows.
 
@@ -118,7 +118,8 @@ def quantize_gathered(
   not in [0, t) gathers zeros.
   """
   (t, k), m = x.shape, index.shape[0]
-  x = _tile_loop.at_least(x, 1, SCALE_BLOCK)
+  # Mosaic drops dimensions of size 1, and the tokens' numbers with them.
+  x = _tile_loop.at_least(x, 2, SCALE_BLOCK)
   tile_cols = _TILE_COLS if k >= _TILE_COLS else SCALE_BLOCK
   tile_rows = _TILE_BYTES // (tile_cols * x.dtype.itemsize)
   tile_rows = min(tile_rows, _quantize_rows.round_up(m, ROW_ALIGN))

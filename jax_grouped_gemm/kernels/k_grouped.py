@@ -92,9 +92,9 @@ def _accumulate_tile(refs: _Refs, config: Config, tile, step, beneath_first):
   """Returns the warpgroup's (64, tile_n) sum over the group's blocks."""
   shape = (WGMMA_M, config.tile_n)
 
-  def load_scales(slot, ki):
+  def load_scales(slot, ki, rows):
     del ki  # Both scales are in the slot.
-    lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot)
+    lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
     rhs_scales = plgpu.load(
       refs.rhs_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
     )

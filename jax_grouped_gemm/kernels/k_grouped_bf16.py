@@ -66,13 +66,13 @@ def _k_iters(refs: _Refs, group):
 
 def _load_tile(refs: _Refs, config: Config, tile: Tile, step):
   """Loads the k slices of one tile into consecutive slots."""
-  first_row = _first_row(refs, tile.group)
+  first_row = pl.multiple_of(_first_row(refs, tile.group), ROW_ALIGN)
   cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
   shared = "cta" if config.cluster > 1 else None
 
   def load_slice(ki, slot):
-    row = pl.multiple_of(first_row + ki * SLICE_T, ROW_ALIGN)
-    rows, full = pl.ds(row, SLICE_T), refs.full.at[slot]
+    rows = pl.ds(first_row + ki * SLICE_T, SLICE_T)
+    full = refs.full.at[slot]
     copy = plgpu.copy_gmem_to_smem
     copy(refs.rhs_gmem.at[rows, cols], refs.rhs_smem.at[slot], full)
     for wg in range(config.compute_wgs):

@@ -171,8 +171,8 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step, beneath_first):
   _rhs_scales.wait(refs, i)
   ni = _walk.read_tile(refs, i).ni
 
-  def load_scales(slot, ki):
-    lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot)
+  def load_scales(slot, ki, rows):
+    lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
     rhs_scales = _rhs_scales.read(refs, config, i, ni, ki)
     return [lhs_scales * rhs_scale for rhs_scale in rhs_scales]
 

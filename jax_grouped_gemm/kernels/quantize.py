@@ -27,9 +27,9 @@ from jax_grouped_gemm.kernels._activations import activate
 from jax_grouped_gemm.kernels._fast_math import fast_math
 from jax_grouped_gemm.kernels._pipeline import Ref
 
-_WGS = 6  # warpgroups of a CTA.
-_SLOTS = 3  # tiles of each warpgroup on their way in, and on their way out.
-_TILE_BYTES = 8192  # of x.
+_WGS = 4  # warpgroups of a CTA.
+_SLOTS = 2  # tiles of each warpgroup on their way in, and on their way out.
+_TILE_BYTES = 16384  # of x.
 
 
 class _Refs(NamedTuple):

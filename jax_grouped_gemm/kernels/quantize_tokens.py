@@ -41,6 +41,7 @@ _WGS_WITH_ROWS, _SLOTS_WITH_ROWS = 3, 1
 # TMA starts at whole 8 rows: up to 7 tokens before the block's come along.
 _ROWS = SCALE_BLOCK + ROW_ALIGN
 _PIECE_ROWS = 64  # of a tile, quantised along rows at once.
+_PANEL_FEATURES = 512  # of which all tokens come before those of the next.
 
 
 class _Refs(NamedTuple):
@@ -69,9 +70,20 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   dtype = refs.values_gmem.dtype
   static = dict(power_of_two_scales=power_of_two_scales, interpret=interpret)
 
+  panel_tiles = _PANEL_FEATURES // (parts * WGMMA_M)
+
   def place(tile):
-    """Returns the tile's block and its number among the block's tiles."""
-    return lax.div(tile, tiles), lax.rem(tile, tiles)
+    """Returns the tile's block and its number among the block's tiles.
+
+    All blocks of some tiles side by side come before the next ones. Then the
+    tiles in work at a time are neighbours in x and in values: memory is read
+    and written in long pieces of a row, not here and there.
+    """
+    panel = lax.div(tile, panel_tiles * blocks)
+    first = panel * panel_tiles
+    width = jnp.minimum(panel_tiles, tiles - first)
+    tile -= first * blocks
+    return lax.div(tile, width), first + lax.rem(tile, width)
 
   def features(j, part):
     return pl.ds((j * parts + part) * WGMMA_M, WGMMA_M)

@@ -26,8 +26,8 @@ from jax_grouped_gemm.kernels import _fp8, _tile_loop
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 _DTYPE = jnp.float8_e4m3fn
-_WGS = 2  # warpgroups of a CTA.
-_SLOTS = 2  # blocks of each warpgroup on their way in.
+_WGS = 3  # warpgroups of a CTA.
+_SLOTS = 1  # blocks of each warpgroup on their way in.
 _SWIZZLE_BYTES = 128  # of a row in SMEM: blocks are handled in such slices.
 
 

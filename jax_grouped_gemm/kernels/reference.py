@@ -51,7 +51,9 @@ def quantize(
   scaled = jnp.clip(x / divisor, -largest, largest)
   damaged = x if dtype == jnp.float8_e5m2 else jnp.nan  # e4m3fn has no Inf.
   values = jnp.where(finite, scaled, damaged)
-  return ScaledArray(values.astype(dtype), scales, block_shape)
+  # Else XLA on a GPU leaves the rounding out where values become float32 again.
+  values = lax.optimization_barrier(values.astype(dtype))
+  return ScaledArray(values, scales, block_shape)
 
 
 def _block_amax(

@@ -150,6 +150,7 @@ def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
         refs.lhs_scales_smem.at[slot, pl.ds(0, config.tile_m)],
         layout=plgpu.Layout.WGMMA.reduce(0),
       )
+      plgpu.commit_smem()  # Orders the reads before the TMA writes to come.
       return products[...], lhs_scales * rhs_scale
 
     products, scales = pl.run_scoped(multiply, plgpu.ACC(shape))
