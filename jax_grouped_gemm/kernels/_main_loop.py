@@ -111,8 +111,8 @@ def accumulate(
   of the promotion, to be done beneath the next products.
 
   The products are the warpgroup's (64, tile_n) of one k slice, whose scales
-  load_scales(slot, ki, rows) returns. While they run on the tensor cores, the next
-  slice is awaited and their scales are loaded. So little more than the
+  load_scales(slot, ki, rows) returns. While they run on the tensor cores, their
+  scales are loaded and the next slice is awaited. So little more than the
   promotion stands between the end of a slice's products and the start of the
   next ones, and the address arithmetic of those hides beneath it.
 
