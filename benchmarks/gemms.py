@@ -294,10 +294,8 @@ def _config(fn) -> dict:
   if config is None:
     return {}
   stages = f"{config.num_stages} slots"
-  if getattr(config, "turns", "none") != "none":
-    stages += f", turns by {config.turns}"
-  if getattr(config, "late_store", False):
-    stages += ", stored late"
+  if getattr(config, "turns", False):
+    stages += ", turns"
   shares = f"{config.cluster} share {config.multicast}"
   return {
     "config": f"{config.tile_m}x{config.tile_n}, {stages}, "

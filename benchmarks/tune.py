@@ -19,23 +19,16 @@ from jax_grouped_gemm.kernels import tuning
 
 _OUT_DTYPE = jnp.bfloat16
 # By what was measured (see NOTES.md), no others win.
-_KINDS = (
-  {"compute_wgs": 3, "tile_n": 128},
-  {"compute_wgs": 2, "tile_n": 192},
-  {"compute_wgs": 2, "tile_n": 192, "multicast": "rhs"},
-)
-_ORDERS = (
-  *({"turns": turns} for turns in ("none", "slice", "tile")),
-  *(
-    {"turns": turns, "late_store": True} for turns in ("none", "slice", "tile")
-  ),
-)
 _CANDIDATES = (
-  *(kind | order for kind in _KINDS for order in _ORDERS),
-  {"compute_wgs": 3, "tile_n": 128, "raster_width": 4},
-  {"compute_wgs": 3, "tile_n": 128, "raster_width": 16},
-  {"compute_wgs": 3, "tile_n": 128, "cluster": 1},
-  {"compute_wgs": 3, "tile_n": 128, "multicast": "rhs"},
+  *(
+    {"compute_wgs": 3, "tile_n": 128, "cluster": cluster, "raster_width": width}
+    for cluster in (1, 2)
+    for width in (4, 8, 16)
+  ),
+  {"compute_wgs": 2, "tile_n": 192},
+  {"compute_wgs": 2, "tile_n": 192, "turns": True},
+  {"compute_wgs": 2, "tile_n": 192, "cluster": 1},
+  {"compute_wgs": 2, "tile_n": 192, "multicast": "rhs", "turns": True},
   {"compute_wgs": 2, "tile_n": 128},
   {"compute_wgs": 2, "tile_n": 64},
 )

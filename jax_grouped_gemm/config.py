@@ -26,11 +26,8 @@ class Config:
     compute_wgs: warpgroups of a CTA that multiply, 2 or 3, each 64 rows of out;
       one more loads. With 3, registers suffice for tile_n of 64 and 128 only.
     num_stages: slots of shared memory between loading and multiplying.
-    turns: how the warpgroups of a CTA are kept from working in step, so that
-      the products of one run while another promotes: "none", "slice": they
-      promote in turns, "tile": they start a tile in turns.
-    late_store: whether a tile is stored beneath the first products of the next,
-      not before them.
+    turns: whether the warpgroups of a CTA promote in turns, which keeps them
+      from working in step: the products of one run while another promotes.
     cluster: CTAs, 1 or 2, that share what they load.
     multicast: what they share: "lhs", on neighbouring columns, or "rhs", on
       neighbouring rows, as far as those are of one group.
@@ -43,8 +40,7 @@ class Config:
   tile_n: int = 192
   compute_wgs: int = 2
   num_stages: int = 4
-  turns: str = "none"
-  late_store: bool = False
+  turns: bool = False
   cluster: int = 2
   multicast: str = "lhs"
   raster_width: int = 8
@@ -57,8 +53,7 @@ class Config:
       compute_wgs=(2, 3),
       cluster=(1, 2),
       multicast=("lhs", "rhs"),
-      turns=("none", "slice", "tile"),
-      late_store=(True, False),
+      turns=(False, True),
     )
     _check_least(self, num_stages=2, raster_width=1)
     if self.compute_wgs == 3 and self.tile_n > 128:

@@ -329,7 +329,7 @@ CASES = [
   (Config, {"tile_n": 96}, ValueError, r"\(64, 128, 192, 256\), got 96"),
   (Config, {"cluster": 4}, ValueError, r"\(1, 2\), got 4"),
   (Config, {"multicast": "out"}, ValueError, r"\('lhs', 'rhs'\), got out"),
-  (Config, {"turns": 2}, ValueError, r"\('none', 'slice', 'tile'\), got 2"),
+  (Config, {"turns": 2}, ValueError, r"\(False, True\), got 2"),
   (Config, {"compute_wgs": 4}, ValueError, r"\(2, 3\), got 4"),
   (Config, {"compute_wgs": 3}, ValueError, "tile_n=192 needs compute_wgs=2"),
   (Config, {"num_stages": 1}, ValueError, "at least 2, got 1"),

@@ -62,15 +62,10 @@ def compute_tiles(refs, config: Config, k_iters, accumulate):
       warpgroup's (64, tile_n) of out in float32, for a tile with k slices. It
       calls beneath_first() once the first products run, or before.
   """
-  none = jnp.int32(-1)
 
-  def compute_tile(tile: Tile, carry):
-    step, last = carry
-
+  def compute_tile(tile: Tile, step):
     def begin():
       """Makes room in out_smem, and loads the accumulator there."""
-      if config.late_store:
-        pl.when(last.group != none)(lambda: _store(refs, config, last))
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       _load_accumulator(refs, config, tile)
 
@@ -86,14 +81,10 @@ def compute_tiles(refs, config: Config, k_iters, accumulate):
       _stage(refs, _pipeline.wgmma_zeros((WGMMA_M, config.tile_n)))
 
     plgpu.commit_smem()
-    if not config.late_store:
-      _store(refs, config, tile)
-    return step + iters, tile
+    _store(refs, config, tile)
+    return step + iters
 
-  first = jnp.int32(0), Tile(none, none, none)
-  _, last = for_each_tile(refs, config, compute_tile, first)
-  if config.late_store:
-    pl.when(last.group != none)(lambda: _store(refs, config, last))
+  for_each_tile(refs, config, compute_tile, jnp.int32(0))
 
 
 def _slices(refs, config: Config, tile: Tile):

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_grouped_gemm.config import WGMMA_M, Config
-from jax_grouped_gemm.kernels import _pipeline
+from jax_grouped_gemm.kernels import _order, _pipeline
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 
@@ -54,34 +54,36 @@ class _Slices(NamedTuple):
     slot, sums, products = carry
     is_last_slot = slot == self.config.num_stages - 1
     next_slot = lax.select(is_last_slot, 0, slot + 1)
-    sums, scales = self._prepare(ki, slot, sums)
+    sums = self.settle(sums)
+    # Before the scales are loaded: it ends a basic block. What ptxas moves on
+    # from one before it stands between the FFMA and spoils their operand cache.
     plgpu.barrier_wait(self.refs.full.at[next_slot])
-    sums = self._promote(slot, sums, products, scales)
+    sums = self._promote(ki, slot, sums, products)
     products = self.start(next_slot)
-    self.turns.end_slice()
+    self._release(slot)
     return next_slot, sums, products
 
   def compute_last(self, ki, carry):
     slot, sums, products = carry
-    sums, scales = self._prepare(ki, slot, sums)
-    sums = self._promote(slot, sums, products, scales)
-    self.turns.end_slice()
+    sums = self._promote(ki, slot, self.settle(sums), products)
+    self._release(slot)
     return self.settle(sums)
 
-  def _prepare(self, ki, slot, sums):
-    """What can be done beneath the products."""
-    sums, scales = self.settle(sums), self.load_scales(slot, ki, self.rows)
-    # Orders all warps' reads before TMA writes, which follow when the first
-    # warp alone has released the slot.
-    plgpu.commit_smem()
-    return lax.optimization_barrier((sums, scales))
-
-  def _promote(self, slot, sums, products, scales):
-    self.turns.start_slice()
+  def _promote(self, ki, slot, sums, products):
+    # Multiplied here, beneath the products.
+    scales = self.load_scales(slot, ki, self.rows)
+    sums, scales = lax.optimization_barrier((sums, scales))
+    self.turns.start()
     plgpu.wgmma_wait(0)
     products = lax.optimization_barrier(products)  # No use before the wait.
-    plgpu.barrier_arrive(self.refs.empty.at[slot])
     return lax.optimization_barrier(self.promote(sums, products, scales))
+
+  def _release(self, slot):
+    self.turns.end()
+    # All threads arrive, but one alone where CTAs share slots.
+    if self.config.cluster > 1:
+      _order.meet_warps(self.refs.interpret)
+    plgpu.barrier_arrive(self.refs.empty.at[slot])
 
   def compute_all(self, k_iters, carry):
     """Not unrolled: in one body, the sums stay in their registers.
@@ -116,8 +118,7 @@ def accumulate(
   promotion stands between the end of a slice's products and the start of the
   next ones, and the address arithmetic of those hides beneath it.
 
-  beneath_first() runs beneath the first products. See Turns for what else keeps
-  the tensor cores busy.
+  beneath_first() runs beneath the first products.
   """
   first_slot = lax.rem(step, config.num_stages)
   turns = Turns(refs.turn, config)
@@ -125,8 +126,7 @@ def accumulate(
   rows = _pipeline.warpgroup_rows()
   slices = _Slices(refs, config, rows, turns, load_scales, promote, settle)
   plgpu.barrier_wait(refs.full.at[first_slot])
-  turns.start_tile()
-  products = turns.end_first(slices.start(first_slot))
+  products = slices.start(first_slot)
   beneath_first()
   return slices.compute_all(k_iters, (first_slot, init, products))
 
@@ -134,72 +134,46 @@ def accumulate(
 def skip(refs, config: Config, k_iters, step):
   """Releases the slots of a tile in which the warpgroup has nothing to do."""
   turns = Turns(refs.turn, config)
-  turns.start_tile()
-  turns.end_first(None)
 
   @pl.loop(0, k_iters)
   def skip_slice(ki):
     slot = lax.rem(step + ki, config.num_stages)
     plgpu.barrier_wait(refs.full.at[slot])
-    turns.start_slice()
+    turns.start()
     plgpu.barrier_arrive(refs.empty.at[slot])
-    turns.end_slice()
+    turns.end()
 
 
 class Turns(NamedTuple):
-  """How the warpgroups of a CTA are kept from working in step.
+  """The warpgroups of a CTA promote one after the other, slice by slice.
 
   The tensor cores are busy as long as the products of one warpgroup run while
   another promotes. Warpgroups whose products start together share the tensor
-  cores, end together and stay so.
-
-  config.turns "slice": they promote one after the other, slice by slice. The
-  one that promotes last is late ever after. "tile": one starts a tile when the
-  one before it has finished its first products.
+  cores, end together and stay so; with turns, the one that promotes last is
+  late ever after.
   """
 
   barriers: Ref  # (compute_wgs,): one phase a turn
   config: Config
 
-  def start(self):
+  def start_kernel(self):
     """Gives the first warpgroup its first turn."""
-    if self.config.turns != "none":
-      last = self.config.compute_wgs - 1
-      pl.when(lax.axis_index("wg") == last)(self._pass_on)
+    last = self.config.compute_wgs - 1
+    pl.when(lax.axis_index("wg") == last)(self.end)
 
-  def start_tile(self):
-    if self.config.turns == "tile":
-      self._wait()
-
-  def end_first(self, products):
-    """Returns the first products of a tile, which may still run."""
-    if self.config.turns == "tile":
-      if products is not None:
-        plgpu.wgmma_wait(0)
-        products = lax.optimization_barrier(products)
-      self._pass_on()
-    return products
-
-  def start_slice(self):
-    if self.config.turns == "slice":
-      self._wait()
-
-  def end_slice(self):
-    if self.config.turns == "slice":
-      self._pass_on()
+  def start(self):
+    if self.config.turns:
+      plgpu.barrier_wait(self.barriers.at[lax.axis_index("wg")])
 
   def end(self):
+    if self.config.turns:
+      wg = lax.axis_index("wg")
+      is_last = wg == self.config.compute_wgs - 1
+      plgpu.barrier_arrive(self.barriers.at[lax.select(is_last, 0, wg + 1)])
+
+  def end_kernel(self):
     """Takes the turn that nobody needs any more."""
-    if self.config.turns != "none":
-      pl.when(lax.axis_index("wg") == 0)(self._wait)
-
-  def _wait(self):
-    plgpu.barrier_wait(self.barriers.at[lax.axis_index("wg")])
-
-  def _pass_on(self):
-    wg = lax.axis_index("wg")
-    is_last = wg == self.config.compute_wgs - 1
-    plgpu.barrier_arrive(self.barriers.at[lax.select(is_last, 0, wg + 1)])
+    pl.when(lax.axis_index("wg") == 0)(self.start)
 
 
 def turn_barriers(config: Config):

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_grouped_gemm.config import WGMMA_M, Config
+from jax_grouped_gemm.kernels import _order
 
 # Registers of a thread that loads and of one that multiplies, by compute_wgs.
 # An SM has 65536: 512 for the threads of one index in their warpgroups.
@@ -20,12 +21,11 @@ _LEAST_SMS = 2  # of a cluster.
 Ref = Any  # Pallas refs have no public type that supports `.at`.
 
 
-def load_slices(empty: Ref, num_stages: int, k_iters, step, load_slice):
+def load_slices(refs, num_stages: int, k_iters, step, load_slice):
   """Calls load_slice(ki, slot) for each k slice once its slot is empty.
 
   `step` counts the slices of all tiles and so tells the slot. Returns the step
-  after the tile. Whoever reads a slot, other than by wgmma, commits that before
-  it releases the slot.
+  after the tile.
   """
 
   def load_next(ki, _):
@@ -33,7 +33,8 @@ def load_slices(empty: Ref, num_stages: int, k_iters, step, load_slice):
 
     @pl.when(step + ki >= num_stages)
     def wait_empty():
-      plgpu.barrier_wait(empty.at[slot])
+      plgpu.barrier_wait(refs.empty.at[slot])
+      _order.fence_copies(refs.interpret)
 
     load_slice(ki, slot)
     return 0
@@ -73,7 +74,7 @@ def load_operands(
   copy(lhs, lhs_slot, multicast == "lhs")
   if multicast == "rhs":
     pl.when(one_group)(lambda: copy(rhs, rhs_slot, is_shared=True))
-    pl.when(~one_group)(lambda: copy(rhs, rhs_slot))
+    pl.when(one_group == False)(lambda: copy(rhs, rhs_slot))  # noqa: E712
   else:
     copy(rhs, rhs_slot)
 
@@ -139,7 +140,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
   load_regs, compute_regs = _REGS[config.compute_wgs]
 
   def kernel(*operands_and_out, **scratch):
-    refs = refs_type(*operands_and_out, **scratch)
+    refs = refs_type(*operands_and_out, **scratch, interpret=interpret)
     wg = lax.axis_index("wg")
 
     @pl.when(wg == config.compute_wgs)

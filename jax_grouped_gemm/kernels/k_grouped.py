@@ -56,6 +56,7 @@ class _Refs(NamedTuple):
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   turn: Ref  # (compute_wgs,): see _main_loop.Turns
   accumulator_full: Ref | None  # (wg,) one arrival per slice
+  interpret: bool
 
 
 def _k_iters(refs: _Refs, group):
@@ -84,7 +85,7 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step):
 
   k_iters = _k_iters(refs, tile.group)
   return _pipeline.load_slices(
-    refs.empty, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice
   )
 
 
@@ -93,7 +94,7 @@ def _accumulate_tile(refs: _Refs, config: Config, tile, step, beneath_first):
   shape = (WGMMA_M, config.tile_n)
 
   def load_scales(slot, ki, rows):
-    del ki  # Both scales are in the slot.
+    del ki  # The slot has both scales.
     lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
     rhs_scales = plgpu.load(
       refs.rhs_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
@@ -129,9 +130,9 @@ def _accumulate_tile(refs: _Refs, config: Config, tile, step, beneath_first):
 
 def _compute_tiles(refs: _Refs, config: Config):
   turns = _main_loop.Turns(refs.turn, config)
-  turns.start()
+  turns.start_kernel()
   _k_tiles.compute_tiles(refs, config, _k_iters, _accumulate_tile)
-  turns.end()
+  turns.end_kernel()
 
 
 # ---------------------------------------------------------------- launch

@@ -47,6 +47,7 @@ class _Refs(NamedTuple):
   full: Ref  # (stages,) one arrival for rhs, one per compute warpgroup for lhs
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   masked: Ref  # one arrival per compute warpgroup: foreign rows are zero
+  interpret: bool
   accumulator_gmem: None = None
 
 
@@ -82,7 +83,7 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step):
 
   k_iters = _k_iters(refs, tile.group)
   return _pipeline.load_slices(
-    refs.empty, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice
   )
 
 

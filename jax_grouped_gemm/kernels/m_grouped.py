@@ -66,6 +66,7 @@ class _Refs(NamedTuple):
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
+  interpret: bool
 
 
 # ---------------------------------------------------------------- load
@@ -103,7 +104,7 @@ def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
     plgpu.copy_gmem_to_smem(scales, refs.lhs_scales_smem.at[slot], full)
 
   return _pipeline.load_slices(
-    refs.empty, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice
   )
 
 
@@ -119,27 +120,24 @@ def _compute_tiles(refs: _Refs, config: Config):
     _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
     _walk.release_tile(refs, i)
 
-  def store_late(i):
+  def store_before(i):
     """Stores the tile before tile i."""
-    if config.late_store:
-      pl.when(i > 0)(lambda: store(i - 1))
+    pl.when(i > 0)(lambda: store(i - 1))
 
   def compute_tile(i, tile: Tile, step):
     has_rows = _walk.has_rows(tile)
 
     @pl.when(has_rows)
     def compute():
-      sums = _accumulate_tile(refs, config, i, step, lambda: store_late(i))
+      sums = _accumulate_tile(refs, config, i, step, lambda: store_before(i))
       _epilogue.stage(refs, sums)
 
     @pl.when(~has_rows)
     def skip():
-      store_late(i)
+      store_before(i)
       _rhs_scales.wait(refs, i)
       _main_loop.skip(refs, config, _k_iters(refs), step)
 
-    if not config.late_store:
-      store(i)
     return step + _k_iters(refs)
 
   def store_zeros(i, tile: Tile, step):
@@ -149,10 +147,10 @@ def _compute_tiles(refs: _Refs, config: Config):
 
   zero = jnp.int32(0)
   turns = _main_loop.Turns(refs.turn, config)
-  turns.start()
+  turns.start_kernel()
   end = _walk.for_each_tile(refs, compute_tile, zero, zero)
-  store_late(end)
-  turns.end()
+  store_before(end)
+  turns.end_kernel()
   _walk.release_tile(refs, end)
   zeros = _pipeline.wgmma_zeros((WGMMA_M, SLICE_N))
   _epilogue.stage(refs, [zeros] * (config.tile_n // SLICE_N))

@@ -48,6 +48,7 @@ class _Refs(NamedTuple):
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
+  interpret: bool
 
 
 def _k_iters(refs: _Refs) -> int:
@@ -85,7 +86,7 @@ def _load_tile(
     )
 
   return _pipeline.load_slices(
-    refs.empty, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice
   )
 
 

@@ -70,6 +70,7 @@ class _Refs(NamedTuple):
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
+  interpret: bool
 
 
 def _k_iters(refs: _Refs) -> int:
@@ -103,7 +104,7 @@ def _load_tile(
     copy(refs.lhs_scales_gmem.at[ki, rows], scales_smem.at[slot], full)
 
   return _pipeline.load_slices(
-    refs.empty, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice
   )
 
 
@@ -150,7 +151,6 @@ def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
         refs.lhs_scales_smem.at[slot, pl.ds(0, config.tile_m)],
         layout=plgpu.Layout.WGMMA.reduce(0),
       )
-      plgpu.commit_smem()  # Orders the reads before the TMA writes to come.
       return products[...], lhs_scales * rhs_scale
 
     products, scales = pl.run_scoped(multiply, plgpu.ACC(shape))

@@ -53,15 +53,10 @@ _SMALL_GROUP = 64  # rows, on average
 _ROW_SPREAD = 1.5  # Of a group's rows to their average; more are a second tile.
 _MOST_SLOTS = 24  # of small tiles
 
-# K-grouped: rates of (tile_n, cluster) relative to the best, when all columns
-# are used. Tiles of 192 columns do not fit: out is f32, and both operands have
-# scales. 128: measured with M-grouped; 64: an estimate.
-_K_GROUPED_RATES = {
-  (128, 2): 0.92,
-  (128, 1): 0.84,
-  (64, 2): 0.6,
-  (64, 1): 0.5,
-}
+# K-grouped: rates of tile_n relative to the best, when all columns are used.
+# Tiles of 192 columns do not fit: out is f32, and both operands have scales. 64
+# is an estimate. CTAs that share lhs are 0 to 3 % slower (H200, H100).
+_K_GROUPED_RATES = {128: 1.0, 64: 0.6}
 
 # 16-bit operands: rates of tile_n, and of the CTAs that share lhs, relative to
 # the best. Estimates. Two slots are too few to hide the loads.
@@ -208,15 +203,11 @@ def k_grouped_config(
   if measured:
     return measured
 
-  def time(key):
-    columns = key[0] * key[1]
-    return -(-n // columns) * columns / _K_GROUPED_RATES[key]
+  def time(tile_n):
+    return -(-n // tile_n) * tile_n / _K_GROUPED_RATES[tile_n]
 
-  tile_n, cluster = min(_K_GROUPED_RATES, key=time)
   best = Config(
-    tile_n=tile_n,
-    cluster=cluster,
-    raster_width=4,  # 1 % above 8: 4 groups of ~8192, 4096, 7168, H200.
+    tile_n=min(_K_GROUPED_RATES, key=time), cluster=1, raster_width=4
   )
   return most_stages(best, out_dtype, None)
 

@@ -18,11 +18,8 @@ pytestmark = pytest.mark.slow
 
 WIDTHS = range(16, 16_000, 16)
 DTYPES = (jnp.bfloat16, jnp.float32)
-# What `tune` tries besides: the forms with the most code and registers.
-LATE = (
-  Config(tile_n=128, compute_wgs=3, late_store=True, turns="slice"),
-  Config(tile_n=192, late_store=True, turns="tile"),
-)
+# What `tune` tries besides.
+TURNS = Config(tile_n=128, compute_wgs=3, turns=True), Config(turns=True)
 # What the tables and the heuristics may choose.
 TABLE = tuning.read_table(tuning.TABLE)
 M_GROUPED = (
@@ -36,7 +33,7 @@ M_GROUPED = (
     for entry in TABLE
     if entry.kernel == "m_grouped"
   }
-  | {(config, jnp.bfloat16) for config in LATE}
+  | {(config, jnp.bfloat16) for config in TURNS}
 )
 SMALL_GROUPS = {
   (tuning.small_groups_config(rows, n, 2880, 8, dtype, row_align=8), dtype)
@@ -48,7 +45,7 @@ SMALL_GROUPS = {
 # With the least n it is chosen for.
 K_GROUPED = {
   tuning.k_grouped_config(256, n, 1024, 4): n for n in reversed(WIDTHS)
-} | {Config(tile_n=128, late_store=True, turns="tile"): 4096}
+}
 
 
 def shape(*dims, dtype=jnp.float32):

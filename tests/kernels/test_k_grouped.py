@@ -16,7 +16,7 @@ from jax_grouped_gemm.kernels.k_grouped import k_grouped_gemm
 pytestmark = pytest.mark.slow
 
 SMALL = Config(tile_n=64, cluster=1, num_stages=2, num_sms=2)
-SMALL_LATE = dataclasses.replace(SMALL, late_store=True, turns="tile")
+SMALL_TURNS = dataclasses.replace(SMALL, turns=True)
 
 
 def jitted(**static):
@@ -30,28 +30,17 @@ def run(sizes, t, m, n, config, accumulator=False, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-  "tile_n, cluster, accumulator, late_store",
-  [
-    (64, 1, True, False),
-    (64, 2, False, True),
-    (128, 1, False, False),
-    (128, 2, True, True),
-  ],
+  "tile_n, cluster, accumulator",
+  [(64, 1, True), (64, 2, False), (128, 1, False), (128, 2, True)],
 )
-def test_every_tile(interpreter, tile_n, cluster, accumulator, late_store):
-  config = Config(
-    tile_n=tile_n,
-    cluster=cluster,
-    num_stages=2,
-    late_store=late_store,
-    num_sms=2,
-  )
+def test_every_tile(interpreter, tile_n, cluster, accumulator):
+  config = Config(tile_n=tile_n, cluster=cluster, num_stages=2, num_sms=2)
   with interpreter():
     run([100, 0, 300], 400, 144, tile_n + 16, config, accumulator)
 
 
 @pytest.mark.parametrize(
-  "config, accumulator", [(SMALL, True), (SMALL_LATE, False)]
+  "config, accumulator", [(SMALL, True), (SMALL_TURNS, False)]
 )
 def test_every_pattern_of_empty_groups(interpreter, accumulator, config):
   gemm = jitted(m=16, n=16, out_dtype=jnp.float32, config=config)

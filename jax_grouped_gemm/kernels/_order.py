@@ -1,0 +1,39 @@
+"""What orders the reads of a slot of SMEM before TMA writes to it again.
+
+Wgmma reads are in order once they have been waited for. For plain reads the
+warps of a warpgroup must have met before the first one alone releases a slot of
+a cluster, and the loading warp needs a fence before its copies. commit_smem
+does both at a time, but in the main loop, where it also waits for memory, that
+costs 2 % (H200).
+"""
+
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import nvvm
+
+
+def meet_warps(interpret: bool):
+  """Waits for all warps of the warpgroup."""
+  if interpret:  # It runs a warpgroup as one, and cannot run what is inlined.
+    return
+
+  @plgpu.inline_mgpu()
+  def meet(_):
+    utils.warpgroup_barrier()
+
+  meet()
+
+
+def fence_copies(interpret: bool):
+  """Orders what was waited for, reads by others too, before copies to SMEM."""
+  if interpret:  # It cannot run what is inlined.
+    plgpu.commit_smem()
+    return
+
+  @plgpu.inline_mgpu()
+  def fence(_):
+    nvvm.fence_proxy(
+      nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta
+    )
+
+  fence()
