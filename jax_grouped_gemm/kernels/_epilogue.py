@@ -29,7 +29,7 @@ def out_smem(config: Config, slice_n: int, dtype: DTypeLike):
 def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col):
   """Stores columns from `col` on, unless they lie beyond those of out.
 
-  Nothing waits for it before plgpu.commit_smem_to_gmem_group, which is slow.
+  Nothing waits for it before plgpu.commit_smem_to_gmem_group.
   """
   cols = pl.ds(col, slice_smem.shape[-1])
 
@@ -42,9 +42,8 @@ def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col):
     )
 
 
-def stage(refs, slices):
+def write(refs, slices):
   """Writes the warpgroup's slices of columns to out_smem."""
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   for j in range(refs.out_smem.shape[1]):
     width = refs.out_smem.shape[3]
     col = j * width
@@ -52,16 +51,14 @@ def stage(refs, slices):
     value = value[:, col % value.shape[1] :][:, :width]
     value = value.astype(refs.out_gmem.dtype)
     refs.out_smem[lax.axis_index("wg"), j] = value
-  plgpu.commit_smem()
 
 
-def store_rows(refs, tile: Tile, col):
-  """Stores the staged rows that belong to the tile, from column `col` on."""
-  wg = lax.axis_index("wg")
+def store_rows(refs, config: Config, tile: Tile, wg):
+  """Stores what warpgroup `wg` has staged of the tile's rows."""
   first = tile.offset - wg * WGMMA_M
   offset = jnp.clip(first, 0, WGMMA_M)
   count = jnp.clip(first + tile.size, 0, WGMMA_M) - offset
-  row = tile.row + wg * WGMMA_M
+  row, col = tile.row + wg * WGMMA_M, tile.ni * config.tile_n
   _, slices, _, slice_n = refs.out_smem.shape
 
   def store(offset, num_rows):
@@ -71,7 +68,6 @@ def store_rows(refs, tile: Tile, col):
       store_slice(staged, refs.out_gmem, rows, col + j * slice_n)
 
   store_ladder(offset, count, WGMMA_M, store)
-  plgpu.commit_smem_to_gmem_group()
 
 
 def store_ladder(offset, count, num_staged: int, store):

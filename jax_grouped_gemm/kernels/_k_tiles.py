@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_grouped_gemm.config import WGMMA_M, Config
-from jax_grouped_gemm.kernels import _epilogue, _pipeline
+from jax_grouped_gemm.kernels import _epilogue, _pipeline, _staging
 
 
 class Tile(NamedTuple):
@@ -42,65 +42,84 @@ def for_each_tile(refs, config: Config, fn, carry):
 
 
 def load_tiles(refs, config: Config, load_tile):
-  """Loads by `step = load_tile(refs, config, tile, step)`.
+  """Loads and stores this CTA's tiles. Returns the slots that were filled.
 
-  `step` counts k slices and so tells the slot of SMEM. Returns the last: the
-  slots that were filled.
+  By `step = load_tile(refs, config, tile, step, beside)`, where `step` counts k
+  slices and so tells the slot of SMEM. Meanwhile a second warp runs beside(),
+  which stores the tile before and loads the accumulator of this one.
   """
-  load_tile = functools.partial(load_tile, refs, config)
-  return for_each_tile(refs, config, load_tile, jnp.int32(0))
+
+  def load_next(tile: Tile, carry):
+    step, last = carry
+
+    def beside():
+      @pl.loop(0, config.compute_wgs)
+      def next_warpgroup(wg):
+        pl.when(last.group != none)(lambda: _store(refs, config, last, wg))
+        _load_accumulator(refs, config, tile, wg)
+
+    return load_tile(refs, config, tile, step, beside), tile
+
+  none = jnp.int32(-1)
+  first = jnp.int32(0), Tile(none, none, none)
+  step, last = for_each_tile(refs, config, load_next, first)
+
+  @pl.when(last.group != none)
+  def store_last():
+    @functools.partial(_pipeline.on_warps, lambda: None)
+    def beside():
+      @pl.loop(0, config.compute_wgs)
+      def next_warpgroup(wg):
+        _store(refs, config, last, wg)
+
+  return step
 
 
 def compute_tiles(refs, config: Config, k_iters, accumulate):
-  """Computes and stores all tiles.
+  """Computes and stages all tiles.
 
   Args:
     refs: of the kernel.
     config: of the launch.
     k_iters: k_iters(refs, group) is its number of k slices.
-    accumulate: accumulate(refs, config, tile, step, beneath_first) returns the
-      warpgroup's (64, tile_n) of out in float32, for a tile with k slices. It
-      calls beneath_first() once the first products run, or before.
+    accumulate: accumulate(refs, config, tile, step) returns the warpgroup's
+      (64, tile_n) of out in float32, for a tile with k slices.
   """
 
-  def compute_tile(tile: Tile, step):
-    def begin():
-      """Makes room in out_smem, and loads the accumulator there."""
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      _load_accumulator(refs, config, tile)
-
+  def compute_tile(tile: Tile, carry):
+    step, count = carry
     iters = k_iters(refs, tile.group)
+
+    def stage(value):
+      _staging.stage(refs, count, lambda: _write(refs, value))
 
     @pl.when(iters > 0)
     def compute():
-      _stage(refs, accumulate(refs, config, tile, step, begin))
+      stage(accumulate(refs, config, tile, step))
 
     @pl.when(iters == 0)
     def empty():
-      begin()
-      _stage(refs, _pipeline.wgmma_zeros((WGMMA_M, config.tile_n)))
+      stage(_pipeline.wgmma_zeros((WGMMA_M, config.tile_n)))
 
-    plgpu.commit_smem()
-    _store(refs, config, tile)
-    return step + iters
+    return step + iters, count + 1
 
-  for_each_tile(refs, config, compute_tile, jnp.int32(0))
+  start = jnp.int32(0), jnp.int32(0)
+  _, count = for_each_tile(refs, config, compute_tile, start)
+  _staging.wait_stored(refs, count)
 
 
-def _slices(refs, config: Config, tile: Tile):
+def _slices(refs, config: Config, tile: Tile, wg):
   """Returns the warpgroup's rows of out, and the first columns of slices."""
-  wg = lax.axis_index("wg")
   slices, slice_n = refs.out_smem.shape[1], refs.out_smem.shape[3]
   rows = pl.ds(tile.mi * config.tile_m + wg * WGMMA_M, WGMMA_M)
-  cols = [tile.ni * config.tile_n + j * slice_n for j in range(slices)]
-  return wg, rows, cols
+  return rows, [tile.ni * config.tile_n + j * slice_n for j in range(slices)]
 
 
-def _load_accumulator(refs, config: Config, tile: Tile):
+def _load_accumulator(refs, config: Config, tile: Tile, wg):
   """Loads it to where the tile will be staged, if there is one."""
   if refs.accumulator_gmem is None:
     return
-  wg, rows, cols = _slices(refs, config, tile)
+  rows, cols = _slices(refs, config, tile, wg)
   for j, col in enumerate(cols):
     plgpu.copy_gmem_to_smem(
       refs.accumulator_gmem.at[
@@ -111,7 +130,7 @@ def _load_accumulator(refs, config: Config, tile: Tile):
     )
 
 
-def _stage(refs, value):
+def _write(refs, value):
   """Writes the tile to out_smem, on top of the accumulator if there is one."""
   wg = lax.axis_index("wg")
   slices, slice_n = refs.out_smem.shape[1], refs.out_smem.shape[3]
@@ -126,11 +145,14 @@ def _stage(refs, value):
     refs.out_smem[wg, j] = part.astype(refs.out_gmem.dtype)
 
 
-def _store(refs, config: Config, tile: Tile):
-  """Stores the staged tile."""
-  wg, rows, cols = _slices(refs, config, tile)
-  for j, col in enumerate(cols):
-    _epilogue.store_slice(
-      refs.out_smem.at[wg, j], refs.out_gmem.at[tile.group], rows, col
-    )
-  plgpu.commit_smem_to_gmem_group()
+def _store(refs, config: Config, tile: Tile, wg):
+  """Stores what the warpgroup stages of the tile."""
+  rows, cols = _slices(refs, config, tile, wg)
+
+  def store_rows():
+    for j, col in enumerate(cols):
+      _epilogue.store_slice(
+        refs.out_smem.at[wg, j], refs.out_gmem.at[tile.group], rows, col
+      )
+
+  _staging.store(refs, wg, store_rows)

@@ -105,7 +105,6 @@ def accumulate(
   promote,
   init,
   settle=lambda sums: sums,
-  beneath_first=lambda: None,
 ):
   """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
 
@@ -117,8 +116,6 @@ def accumulate(
   scales are loaded and the next slice is awaited. So little more than the
   promotion stands between the end of a slice's products and the start of the
   next ones, and the address arithmetic of those hides beneath it.
-
-  beneath_first() runs beneath the first products.
   """
   first_slot = lax.rem(step, config.num_stages)
   turns = Turns(refs.turn, config)
@@ -127,7 +124,6 @@ def accumulate(
   slices = _Slices(refs, config, rows, turns, load_scales, promote, settle)
   plgpu.barrier_wait(refs.full.at[first_slot])
   products = slices.start(first_slot)
-  beneath_first()
   return slices.compute_all(k_iters, (first_slot, init, products))
 
 

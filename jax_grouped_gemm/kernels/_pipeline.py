@@ -21,11 +21,13 @@ _LEAST_SMS = 2  # of a cluster.
 Ref = Any  # Pallas refs have no public type that supports `.at`.
 
 
-def load_slices(refs, num_stages: int, k_iters, step, load_slice):
+def load_slices(
+  refs, num_stages: int, k_iters, step, load_slice, beside=lambda: None
+):
   """Calls load_slice(ki, slot) for each k slice once its slot is empty.
 
   `step` counts the slices of all tiles and so tells the slot. Returns the step
-  after the tile.
+  after the tile. Meanwhile a second warp runs beside().
   """
 
   def load_next(ki, _):
@@ -39,23 +41,26 @@ def load_slices(refs, num_stages: int, k_iters, step, load_slice):
     load_slice(ki, slot)
     return 0
 
-  on_one_warp(lambda: lax.fori_loop(0, k_iters, load_next, 0))
+  on_warps(lambda: lax.fori_loop(0, k_iters, load_next, 0), beside)
   return step + k_iters
 
 
-def on_one_warp(fn):
-  """Runs fn() on the first warp alone: four would issue all of it four times.
+def on_warps(*fns):
+  """Runs the functions side by side, each on a warp of its own.
 
-  A barrier is waited for there or elsewhere, not both: each warp knows only of
-  its own waits.
+  All four warps would issue all of it four times. A barrier is to be waited for
+  by the same warps always: each knows only of its own waits.
   """
 
   def run(warp):
-    @pl.when(warp == 0)
-    def first():
-      fn()
+    for i, fn in enumerate(fns):
+      pl.when(warp == i)(lambda fn=fn: _returns_none(fn))
 
   plgpu.warp_map(run)
+
+
+def _returns_none(fn):
+  fn()
 
 
 def load_operands(
@@ -147,13 +152,12 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     def load_warpgroup():
       plgpu.set_max_registers(load_regs, action="decrease")
       steps = load(refs)
-      on_one_warp(lambda: drain(refs.empty, config.num_stages, steps))
+      on_warps(lambda: drain(refs.empty, config.num_stages, steps))
 
     @pl.when(wg < config.compute_wgs)
     def compute_warpgroup():
       plgpu.set_max_registers(compute_regs, action="increase")
       compute(refs)
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   return plgpu.kernel(
     kernel,

@@ -7,74 +7,104 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_grouped_gemm.config import TILE_SLOTS, WGMMA_M, Config
-from jax_grouped_gemm.kernels import _pipeline
+from jax_grouped_gemm.config import TILE_SLOTS, Config
+from jax_grouped_gemm.kernels import _pipeline, _staging
 from jax_grouped_gemm.kernels._groups import MaskedWalk, Tile, Walk
 from jax_grouped_gemm.schedule import Masked
 
 END = -1  # instead of a tile's group: no tile follows.
 
 
-def load_tiles(refs, config, masked: Masked | None, k_iters: int, load_tile):
-  """Announces this CTA's tiles and loads them. Returns the slots it filled.
+def load_tiles(
+  refs,
+  config,
+  masked: Masked | None,
+  k_iters: int,
+  load_tile,
+  store_rows,
+  has_rows=_staging.has_rows,
+):
+  """Announces this CTA's tiles, loads and stores them.
 
-  First those of groups that rhs holds, by load_tile(i, tile, one_group,
-  k_iters, step), which returns the step after the tile. Then those of other
-  rows, which are zeros. Each followed by an end.
+  Returns the slots that were filled. First come the tiles of groups that rhs
+  holds, by load_tile(i, tile, one_group, k_iters, step, beside), which returns
+  the step after the tile and meanwhile runs beside() on a second warp: it
+  stores the tile before, by store_rows(tile, wg) of each warpgroup that
+  has_rows(tile, wg). At last the tiles of other rows, which are zeros.
   """
   shape = (*refs.out_gmem.shape, refs.rhs_gmem.shape[0])
   kind = functools.partial(MaskedWalk, masked=masked) if masked else Walk
   walk = functools.partial(
     kind, refs.group_sizes_gmem, refs.group_offset_gmem, shape, config
   )
+  storing = _staging.Storing(refs, config.compute_wgs, has_rows, store_rows)
 
-  def load_tiles_of(walk: Walk, first_group, first, step):
-    def load_next(state):
-      i, step, group, _ = state
-      index = lax.axis_index("sm") + (i - first) * lax.axis_size("sm")
-      group = walk.find_group(index, group)
-      is_tile = walk.is_left(group)
-      tile, one_group = walk.tile(index, group)
-      announce(
-        refs, i, tile._replace(group=lax.select(is_tile, tile.group, END))
-      )
-      if walk.in_rhs:
-        step = load_tile(
-          i, tile, one_group, lax.select(is_tile, k_iters, 0), step
-        )
-      return i + 1, step, group, is_tile
+  def find_tile(walk: Walk, i, group):
+    index = lax.axis_index("sm") + i * lax.axis_size("sm")
+    group = walk.find_group(index, group)
+    return group, *walk.tile(index, group), walk.is_left(group)
 
-    state = first, step, first_group, True
-    return lax.while_loop(lambda state: state[-1], load_next, state)[:3]
+  def load_next(state):
+    i, step, group, last, _ = state
+    group, tile, one_group, is_tile = find_tile(of_rhs, i, group)
+    tile = tile._replace(group=lax.select(is_tile, tile.group, END))
+    announce(refs, i, tile)
+    step = load_tile(
+      i,
+      tile,
+      one_group,
+      lax.select(is_tile, k_iters, 0),
+      step,
+      lambda: pl.when(i > 0)(lambda: storing.store(last)),
+    )
+    return i + 1, step, group, tile, is_tile
 
+  def store_next(state):
+    i, group, _ = state
+    group, tile, _, is_tile = find_tile(of_others, i, group)
+    pl.when(is_tile)(lambda: on_second_warp(lambda: storing.store_zeros(tile)))
+    return i + 1, group, is_tile
+
+  on_second_warp = functools.partial(_pipeline.on_warps, lambda: None)
   zero = jnp.int32(0)
   of_rhs, of_others = walk(in_rhs=True), walk(in_rhs=False)
-  i, step, end = load_tiles_of(of_rhs, of_rhs.first_group(zero), zero, zero)
+  none = Tile(*[zero] * len(Tile._fields))
+  i, step, end, *_ = lax.while_loop(
+    lambda state: state[-1],
+    load_next,
+    (zero, zero, of_rhs.first_group(zero), none, True),
+  )
   # Spares a second walk if there are no other rows to be zeros.
   has_others = end.rows < of_others.m
   if masked:
     has_others &= masked.zero_padding
   index = lax.select(has_others, zero, end.index)
-  i, *_ = load_tiles_of(of_others, of_others.first_group(index), i, zero)
+  on_second_warp(storing.wait_zeros)
+  lax.while_loop(
+    lambda state: state[-1],
+    store_next,
+    (zero, of_others.first_group(index), True),
+  )
+  on_second_warp(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
   _pipeline.drain(refs.tiles_empty, TILE_SLOTS, i)
   return step
 
 
-def for_each_tile(refs, fn, i, step):
-  """Calls `step = fn(i, tile, step)` for the tiles announced up to an end.
-
-  fn must release the tile, at the latest in its next call but one. Returns the
-  index of the end, which is to be released as well.
-  """
+def for_each_tile(refs, fn, carry):
+  """Calls `carry = fn(i, tile, carry)` for the announced tiles."""
 
   def run(state):
-    i, step, _ = state
-    step = fn(i, read_tile(refs, i), step)
-    return i + 1, step, is_tile(refs, i + 1)
+    i, carry, _ = state
+    carry = fn(i, read_tile(refs, i), carry)
+    release_tile(refs, i)
+    return i + 1, carry, is_tile(refs, i + 1)
 
-  state = i, step, is_tile(refs, i)
-  i, *_ = lax.while_loop(lambda state: state[-1], run, state)
-  return i
+  zero = jnp.int32(0)
+  i, carry, _ = lax.while_loop(
+    lambda state: state[-1], run, (zero, carry, is_tile(refs, zero))
+  )
+  release_tile(refs, i)
+  return carry
 
 
 def queue_types(config: Config):
@@ -114,12 +144,6 @@ def is_tile(refs, i):
   return read_tile(refs, i).group != END
 
 
-def has_rows(tile: Tile):
-  """Whether the warpgroup has any; in a group's last tile it may not."""
-  first_row = lax.axis_index("wg") * WGMMA_M
-  return (tile.size > 0) & (first_row < tile.offset + tile.size)
-
-
 def release_tile(refs, i):
-  """Lets the tile, or the end, be overwritten."""
+  """Lets the tile, or the end, be overwritten, and what was loaded with it."""
   plgpu.barrier_arrive(refs.tiles_empty.at[lax.rem(i, TILE_SLOTS)])

@@ -9,8 +9,9 @@ out (g, m, n) are row-major. A group without blocks gives zeros, or its
 accumulator.
 
 Warpgroups of one CTA, over num_stages slots of SMEM:
-  wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | store
+  wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | stage
   last wg  _load_tiles    | wait empty | TMA lhs, rhs, both scales -> full
+                          | wait staged | TMA to out, from the accumulator
 The CTAs of a cluster work on neighbouring columns of one row tile: each loads
 half of the lhs tile for both.
 """
@@ -31,7 +32,13 @@ from jax_grouped_gemm.config import (
   WGMMA_M,
   Config,
 )
-from jax_grouped_gemm.kernels import _epilogue, _k_tiles, _main_loop, _pipeline
+from jax_grouped_gemm.kernels import (
+  _epilogue,
+  _k_tiles,
+  _main_loop,
+  _pipeline,
+  _staging,
+)
 from jax_grouped_gemm.kernels._k_tiles import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
 
@@ -52,6 +59,8 @@ class _Refs(NamedTuple):
   lhs_scales_smem: Ref  # (stages, tile_m) f32
   rhs_scales_smem: Ref  # (stages, tile_n) f32
   out_smem: Ref  # (wg, slices, 64, slice_n): accumulator, then out
+  staged: Ref  # (compute_wgs,): see _staging
+  stored: Ref  # (compute_wgs,)
   full: Ref  # (stages,) 4 arrivals: lhs, rhs, both scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   turn: Ref  # (compute_wgs,): see _main_loop.Turns
@@ -63,7 +72,7 @@ def _k_iters(refs: _Refs, group):
   return refs.ends_gmem[group] - refs.starts_gmem[group]
 
 
-def _load_tile(refs: _Refs, config: Config, tile: Tile, step):
+def _load_tile(refs: _Refs, config: Config, tile: Tile, step, beside):
   """Loads the token blocks of one tile into consecutive slots."""
   rows = pl.ds(tile.mi * config.tile_m, config.tile_m)
   cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
@@ -85,11 +94,11 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step):
 
   k_iters = _k_iters(refs, tile.group)
   return _pipeline.load_slices(
-    refs, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice, beside
   )
 
 
-def _accumulate_tile(refs: _Refs, config: Config, tile, step, beneath_first):
+def _accumulate_tile(refs: _Refs, config: Config, tile, step):
   """Returns the warpgroup's (64, tile_n) sum over the group's blocks."""
   shape = (WGMMA_M, config.tile_n)
 
@@ -123,7 +132,6 @@ def _accumulate_tile(refs: _Refs, config: Config, tile, step, beneath_first):
     promote=promote,
     settle=settle,
     init=(zeros, zeros, no_rows),
-    beneath_first=beneath_first,
   )
   return acc
 
@@ -181,6 +189,7 @@ def k_grouped_gemm(
     lhs_scales_smem=plgpu.SMEM((stages, tile_m), jnp.float32),
     rhs_scales_smem=plgpu.SMEM((stages, tile_n), jnp.float32),
     out_smem=_epilogue.out_smem(config, slice_n, out_dtype),
+    **_staging.scratch_types(config.compute_wgs),
     full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
     empty=_pipeline.empty_barriers(config),
     turn=_main_loop.turn_barriers(config),

@@ -6,8 +6,9 @@ lhs (t, m), rhs (t, n) and out (g, m, n) are row-major; groups start at any row.
 A group without rows gives zeros.
 
 Warpgroups of one CTA, over num_stages slots of SMEM:
-  wg 0, 1  _compute_tile | wait full  | wgmma | arrive empty | … store
+  wg 0, 1  _compute_tile | wait full  | wgmma | arrive empty | … stage
   last wg  _load_tile    | wait empty | TMA lhs, rhs -> full
+                         | wait staged | TMA to out
 The accumulators of the tensor cores hold a tile's sums over all rows of the
 group. Its first and last slice may have rows of other groups, which the compute
 warpgroups set to zero in SMEM: in both operands, as 0 * NaN is NaN. The CTAs of
@@ -26,7 +27,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jax_grouped_gemm.config import ROW_ALIGN, WGMMA_M, Config
-from jax_grouped_gemm.kernels import _epilogue, _k_tiles, _pipeline
+from jax_grouped_gemm.kernels import (
+  _epilogue,
+  _k_tiles,
+  _pipeline,
+  _staging,
+)
 from jax_grouped_gemm.kernels._k_tiles import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
 
@@ -44,6 +50,8 @@ class _Refs(NamedTuple):
   lhs_smem: Ref  # (stages, wg, 64, 64)
   rhs_smem: Ref  # (stages, 64, tile_n)
   out_smem: Ref  # (wg, slices, 64, slice_n): _epilogue.out_smem
+  staged: Ref  # (compute_wgs,): see _staging
+  stored: Ref  # (compute_wgs,)
   full: Ref  # (stages,) one arrival for rhs, one per compute warpgroup for lhs
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   masked: Ref  # one arrival per compute warpgroup: foreign rows are zero
@@ -65,7 +73,7 @@ def _k_iters(refs: _Refs, group):
 # ---------------------------------------------------------------- load
 
 
-def _load_tile(refs: _Refs, config: Config, tile: Tile, step):
+def _load_tile(refs: _Refs, config: Config, tile: Tile, step, beside):
   """Loads the k slices of one tile into consecutive slots."""
   first_row = pl.multiple_of(_first_row(refs, tile.group), ROW_ALIGN)
   cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
@@ -83,18 +91,17 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step):
 
   k_iters = _k_iters(refs, tile.group)
   return _pipeline.load_slices(
-    refs, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice, beside
   )
 
 
 # ---------------------------------------------------------------- compute
 
 
-def _accumulate_tile(refs: _Refs, config: Config, tile, step, beneath_first):
+def _accumulate_tile(refs: _Refs, config: Config, tile, step):
   """Returns the warpgroup's (64, tile_n) of out, in float32; k_iters >= 1."""
   wg, group = lax.axis_index("wg"), tile.group
   k_iters = _k_iters(refs, group)
-  beneath_first()  # Before: nothing may come between products in flight.
 
   def slot_of(ki):
     return lax.rem(step + ki, config.num_stages)
@@ -207,6 +214,7 @@ def k_grouped_bf16(
       ),
       rhs_smem=plgpu.SMEM((stages, SLICE_T, tile_n), rhs.dtype),
       out_smem=_epilogue.out_smem(config, slice_n, out_dtype),
+      **_staging.scratch_types(config.compute_wgs),
       full=plgpu.Barrier(
         num_arrivals=1 + config.compute_wgs, num_barriers=stages
       ),

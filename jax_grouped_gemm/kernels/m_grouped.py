@@ -7,8 +7,9 @@ kb runs over slices of 128 elements of k. Rows of no group are zero. lhs (m, k),
 rhs (g, n, k) and out (m, n) are row-major; groups start at any row.
 
 Warpgroups of one CTA, over num_stages slots of SMEM:
-  wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | store
+  wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | stage
   last wg  _load_tiles    | wait empty | TMA lhs, rhs, lhs_scales -> full
+                          | wait staged | TMA to out
 The last one also walks over the group sizes and tells the others their tiles.
 The CTAs of a cluster work on neighbouring columns of one row tile, and each
 loads half of the lhs tile for both; or on neighbouring rows, and share rhs.
@@ -36,6 +37,7 @@ from jax_grouped_gemm.kernels import (
   _main_loop,
   _pipeline,
   _rhs_scales,
+  _staging,
   _walk,
 )
 from jax_grouped_gemm.kernels._pipeline import Ref
@@ -63,6 +65,8 @@ class _Refs(NamedTuple):
   turn: Ref  # (compute_wgs,): see _main_loop.Turns
   rhs_scales_smem: Ref  # (TILE_SLOTS, blocks, k/128) f32: see _rhs_scales
   rhs_scales_full: Ref  # (TILE_SLOTS,)
+  staged: Ref  # (compute_wgs,): see _staging
+  stored: Ref  # (compute_wgs,)
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
@@ -73,16 +77,21 @@ class _Refs(NamedTuple):
 
 
 def _load_tiles(refs: _Refs, config: Config, masked: Masked | None):
-  """Announces this CTA's tiles and loads them. Returns the slots it filled."""
+  """Announces, loads, stores this CTA's tiles. Returns the slots it filled."""
   load_tile = functools.partial(_load_tile, refs, config)
-  return _walk.load_tiles(refs, config, masked, _k_iters(refs), load_tile)
+  store_rows = functools.partial(_epilogue.store_rows, refs, config)
+  return _walk.load_tiles(
+    refs, config, masked, _k_iters(refs), load_tile, store_rows
+  )
 
 
 def _k_iters(refs: _Refs) -> int:
   return refs.lhs_gmem.shape[1] // SCALE_BLOCK
 
 
-def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
+def _load_tile(
+  refs, config: Config, i, tile: Tile, one_group, k_iters, step, beside
+):
   """Loads the k slices of the i-th tile into consecutive slots."""
   rows = pl.ds(pl.multiple_of(tile.row, ROW_ALIGN), config.tile_m)
   cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
@@ -104,7 +113,7 @@ def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
     plgpu.copy_gmem_to_smem(scales, refs.lhs_scales_smem.at[slot], full)
 
   return _pipeline.load_slices(
-    refs, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice, beside
   )
 
 
@@ -112,57 +121,37 @@ def _load_tile(refs, config: Config, i, tile: Tile, one_group, k_iters, step):
 
 
 def _compute_tiles(refs: _Refs, config: Config):
-  """Computes the announced tiles, then stores the announced tiles of zeros."""
+  """Computes and stages the announced tiles, at last zeros."""
+  wg = lax.axis_index("wg")
 
-  def store(i):
-    """Stores the staged rows of tile i, which is not needed any more then."""
-    tile = _walk.read_tile(refs, i)
-    _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
-    _walk.release_tile(refs, i)
-
-  def store_before(i):
-    """Stores the tile before tile i."""
-    pl.when(i > 0)(lambda: store(i - 1))
-
-  def compute_tile(i, tile: Tile, step):
-    has_rows = _walk.has_rows(tile)
+  def compute_tile(i, tile: Tile, carry):
+    step, count = carry
+    has_rows = _staging.has_rows(tile, wg)
 
     @pl.when(has_rows)
     def compute():
-      sums = _accumulate_tile(refs, config, i, step, lambda: store_before(i))
-      _epilogue.stage(refs, sums)
+      sums = _accumulate_tile(refs, config, i, step)
+      _staging.stage(refs, count, lambda: _epilogue.write(refs, sums))
 
     @pl.when(~has_rows)
     def skip():
-      store_before(i)
       _rhs_scales.wait(refs, i)
       _main_loop.skip(refs, config, _k_iters(refs), step)
 
-    return step + _k_iters(refs)
+    return step + _k_iters(refs), count + has_rows.astype(jnp.int32)
 
-  def store_zeros(i, tile: Tile, step):
-    del tile
-    store(i)
-    return step
-
-  zero = jnp.int32(0)
   turns = _main_loop.Turns(refs.turn, config)
   turns.start_kernel()
-  end = _walk.for_each_tile(refs, compute_tile, zero, zero)
-  store_before(end)
+  start = jnp.int32(0), jnp.int32(0)
+  _, count = _walk.for_each_tile(refs, compute_tile, start)
   turns.end_kernel()
-  _walk.release_tile(refs, end)
   zeros = _pipeline.wgmma_zeros((WGMMA_M, SLICE_N))
-  _epilogue.stage(refs, [zeros] * (config.tile_n // SLICE_N))
-  end = _walk.for_each_tile(refs, store_zeros, end + 1, zero)
-  _walk.release_tile(refs, end)
+  zeros = [zeros] * (config.tile_n // SLICE_N)
+  _staging.stage(refs, count, lambda: _epilogue.write(refs, zeros))
 
 
-def _accumulate_tile(refs: _Refs, config: Config, i, step, beneath_first):
-  """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns.
-
-  beneath_first() runs beneath the first products.
-  """
+def _accumulate_tile(refs: _Refs, config: Config, i, step):
+  """Returns the warpgroup's (64, tile_n) of out, as slices of 64 columns."""
   shape = (WGMMA_M, SLICE_N)
   columns = [slice(c, c + SLICE_N) for c in range(0, config.tile_n, SLICE_N)]
 
@@ -188,7 +177,6 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step, beneath_first):
     load_scales=load_scales,
     promote=promote,
     init=[_pipeline.wgmma_zeros(shape) for _ in columns],
-    beneath_first=beneath_first,
   )
 
 
@@ -241,6 +229,7 @@ def m_grouped_gemm(
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
       turn=_main_loop.turn_barriers(config),
+      **_staging.scratch_types(config.compute_wgs),
       **_rhs_scales.scratch_types(rhs_scales.shape, config),
       **_walk.queue_types(config),
     ),

@@ -6,8 +6,9 @@ Rows of no group are zero. lhs (m, k), rhs (g, k, n) or, transposed, (g, n, k)
 and out (m, n) are row-major; groups start at any row.
 
 Warpgroups of one CTA, over num_stages slots of SMEM:
-  wg 0, …  _compute_tiles | wait full  | wgmma | arrive empty | … store
+  wg 0, …  _compute_tiles | wait full  | wgmma | arrive empty | … stage
   last wg  _load_tiles    | wait empty | TMA lhs, rhs -> full
+                          | wait staged | TMA to out
 The accumulators of the tensor cores hold a tile's sums over all of k. The last
 warpgroup also walks over the group sizes and tells the others their tiles. CTAs
 of a cluster share what they load as in m_grouped.
@@ -25,7 +26,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from jax_grouped_gemm.config import ROW_ALIGN, WGMMA_M, Config
-from jax_grouped_gemm.kernels import _epilogue, _pipeline, _walk
+from jax_grouped_gemm.kernels import (
+  _epilogue,
+  _pipeline,
+  _staging,
+  _walk,
+)
 from jax_grouped_gemm.kernels._pipeline import Ref
 from jax_grouped_gemm.kernels._walk import Tile
 
@@ -45,6 +51,8 @@ class _Refs(NamedTuple):
   out_smem: Ref  # (wg, slices, 64, slice_n): _epilogue.out_smem
   full: Ref  # (stages,) 2 arrivals: lhs, rhs
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
+  staged: Ref  # (compute_wgs,): see _staging
+  stored: Ref  # (compute_wgs,)
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
@@ -59,13 +67,24 @@ def _k_iters(refs: _Refs) -> int:
 
 
 def _load_tiles(refs: _Refs, config: Config, transposed: bool):
-  """Announces this CTA's tiles and loads them. Returns the slots it filled."""
+  """Announces, loads, stores this CTA's tiles. Returns the slots it filled."""
   load_tile = functools.partial(_load_tile, refs, config, transposed)
-  return _walk.load_tiles(refs, config, None, _k_iters(refs), load_tile)
+  store_rows = functools.partial(_epilogue.store_rows, refs, config)
+  return _walk.load_tiles(
+    refs, config, None, _k_iters(refs), load_tile, store_rows
+  )
 
 
 def _load_tile(
-  refs, config: Config, transposed, i, tile: Tile, one_group, k_iters, step
+  refs,
+  config: Config,
+  transposed,
+  i,
+  tile: Tile,
+  one_group,
+  k_iters,
+  step,
+  beside,
 ):
   """Loads the k slices of the tile into consecutive slots."""
   del i
@@ -86,7 +105,7 @@ def _load_tile(
     )
 
   return _pipeline.load_slices(
-    refs, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice, beside
   )
 
 
@@ -94,35 +113,28 @@ def _load_tile(
 
 
 def _compute_tiles(refs: _Refs, config: Config, transposed: bool):
-  """Computes the announced tiles, then stores the announced tiles of zeros."""
+  """Computes and stages the announced tiles, at last zeros."""
+  wg = lax.axis_index("wg")
 
-  def compute_tile(i, tile: Tile, step):
-    has_rows = _walk.has_rows(tile)
+  def compute_tile(_, tile: Tile, carry):
+    step, count = carry
+    has_rows = _staging.has_rows(tile, wg)
 
     @pl.when(has_rows)
     def compute():
       sums = _accumulate_tile(refs, config, transposed, step)
-      _epilogue.stage(refs, [sums])
-      _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
+      _staging.stage(refs, count, lambda: _epilogue.write(refs, [sums]))
 
     @pl.when(~has_rows)
     def skip():
       _pipeline.skip_slices(refs, config.num_stages, _k_iters(refs), step)
 
-    _walk.release_tile(refs, i)
-    return step + _k_iters(refs)
+    return step + _k_iters(refs), count + has_rows.astype(jnp.int32)
 
-  def store_zeros(i, tile: Tile, step):
-    _epilogue.store_rows(refs, tile, tile.ni * config.tile_n)
-    _walk.release_tile(refs, i)
-    return step
-
-  zero = jnp.int32(0)
-  end = _walk.for_each_tile(refs, compute_tile, zero, zero)
-  _walk.release_tile(refs, end)
-  _epilogue.stage(refs, [_pipeline.wgmma_zeros((WGMMA_M, config.tile_n))])
-  end = _walk.for_each_tile(refs, store_zeros, end + 1, zero)
-  _walk.release_tile(refs, end)
+  start = jnp.int32(0), jnp.int32(0)
+  _, count = _walk.for_each_tile(refs, compute_tile, start)
+  zeros = [_pipeline.wgmma_zeros((WGMMA_M, config.tile_n))]
+  _staging.stage(refs, count, lambda: _epilogue.write(refs, zeros))
 
 
 def _accumulate_tile(refs: _Refs, config: Config, transposed: bool, step):
@@ -199,6 +211,7 @@ def m_grouped_bf16(
       out_smem=_epilogue.out_smem(config, slice_n, out_dtype),
       full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
+      **_staging.scratch_types(config.compute_wgs),
       **_walk.queue_types(config),
     ),
   )(lhs, rhs, group_sizes, group_offset.reshape(1))

@@ -14,8 +14,9 @@ and num_stages of them are on their way at any time. The tile of out is
 transposed when it is staged.
 
 Warpgroups of one CTA, over num_stages slots of SMEM:
-  wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | store
+  wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | stage
   last wg  _load_tiles    | wait empty | TMA rhs, lhs, lhs_scales -> full
+                          | wait staged | TMA to out
 The last one also walks over the group sizes and tells the others their tiles.
 rhs of an empty group is never read.
 """
@@ -42,6 +43,7 @@ from jax_grouped_gemm.kernels import (
   _epilogue,
   _pipeline,
   _rhs_scales,
+  _staging,
   _walk,
 )
 from jax_grouped_gemm.kernels._pipeline import Ref
@@ -67,6 +69,8 @@ class _Refs(NamedTuple):
   empty: Ref  # (stages,) one arrival per compute warpgroup
   rhs_scales_smem: Ref  # (TILE_SLOTS, 1, k/128) f32: see _rhs_scales
   rhs_scales_full: Ref  # (TILE_SLOTS,)
+  staged: Ref  # (compute_wgs,): see _staging
+  stored: Ref  # (compute_wgs,)
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
@@ -81,13 +85,28 @@ def _k_iters(refs: _Refs) -> int:
 
 
 def _load_tiles(refs: _Refs, config: SmallGroupsConfig, masked: Masked | None):
-  """Announces this CTA's tiles and loads them. Returns the slots it filled."""
+  """Announces, loads, stores this CTA's tiles. Returns the slots it filled."""
   load_tile = functools.partial(_load_tile, refs, config)
-  return _walk.load_tiles(refs, config, masked, _k_iters(refs), load_tile)
+  return _walk.load_tiles(
+    refs,
+    config,
+    masked,
+    _k_iters(refs),
+    load_tile,
+    store_rows=functools.partial(_store_rows, refs, config),
+    has_rows=lambda tile, wg: True,  # Each has columns of all rows.
+  )
 
 
 def _load_tile(
-  refs: _Refs, config: SmallGroupsConfig, i, tile: Tile, _, k_iters, step
+  refs: _Refs,
+  config: SmallGroupsConfig,
+  i,
+  tile: Tile,
+  _,
+  k_iters,
+  step,
+  beside,
 ):
   """Loads the k slices of the tile into consecutive slots."""
   pl.when(k_iters > 0)(lambda: _rhs_scales.load(refs, config, i, tile))
@@ -104,7 +123,7 @@ def _load_tile(
     copy(refs.lhs_scales_gmem.at[ki, rows], scales_smem.at[slot], full)
 
   return _pipeline.load_slices(
-    refs, config.num_stages, k_iters, step, load_slice
+    refs, config.num_stages, k_iters, step, load_slice, beside
   )
 
 
@@ -112,25 +131,16 @@ def _load_tile(
 
 
 def _compute_tiles(refs: _Refs, config: SmallGroupsConfig):
-  """Computes the announced tiles, then stores the announced tiles of zeros."""
+  """Computes and stages the announced tiles, at last zeros."""
 
-  def compute_tile(i, tile: Tile, step):
-    _stage(refs, _accumulate_tile(refs, config, i, step))
-    _store_rows(refs, config, tile)
-    _walk.release_tile(refs, i)
+  def compute_tile(i, _, step):
+    acc = _accumulate_tile(refs, config, i, step)
+    _staging.stage(refs, i, lambda: _write(refs, acc))
     return step + _k_iters(refs)
 
-  def store_zeros(i, tile: Tile, step):
-    _store_rows(refs, config, tile)
-    _walk.release_tile(refs, i)
-    return step
-
-  zero = jnp.int32(0)
-  end = _walk.for_each_tile(refs, compute_tile, zero, zero)
-  _walk.release_tile(refs, end)
-  _stage(refs, _pipeline.wgmma_zeros((WGMMA_M, config.tile_m)))
-  end = _walk.for_each_tile(refs, store_zeros, end + 1, zero)
-  _walk.release_tile(refs, end)
+  steps = _walk.for_each_tile(refs, compute_tile, jnp.int32(0))
+  zeros = _pipeline.wgmma_zeros((WGMMA_M, config.tile_m))
+  _staging.stage(refs, steps, lambda: _write(refs, zeros))
 
 
 def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
@@ -162,15 +172,13 @@ def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
   )
 
 
-def _stage(refs: _Refs, acc):
+def _write(refs: _Refs, acc):
   """Writes the warpgroup's (64, tile_m) of out.T to out_smem, transposed."""
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   value = acc.astype(refs.out_gmem.dtype)
   if value.dtype.itemsize == 4:
     # Mosaic transposes 16 bits on their way to SMEM, others only in registers.
     value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
   _store_unoptimized(refs.out_smem.at[lax.axis_index("wg")].T, value)
-  plgpu.commit_smem()
 
 
 def _store_unoptimized(ref: Ref, value):
@@ -181,9 +189,8 @@ def _store_unoptimized(ref: Ref, value):
     ref[...] = value
 
 
-def _store_rows(refs: _Refs, config: SmallGroupsConfig, tile: Tile):
+def _store_rows(refs: _Refs, config: SmallGroupsConfig, tile: Tile, wg):
   """Stores the staged rows that belong to the tile."""
-  wg = lax.axis_index("wg")
   col = tile.ni * config.tile_n + wg * WGMMA_M
 
   def store(offset, num_rows):
@@ -192,7 +199,6 @@ def _store_rows(refs: _Refs, config: SmallGroupsConfig, tile: Tile):
     _epilogue.store_slice(staged, refs.out_gmem, rows, col)
 
   _epilogue.store_ladder(tile.offset, tile.size, config.tile_m, store)
-  plgpu.commit_smem_to_gmem_group()
 
 
 # ---------------------------------------------------------------- launch
@@ -239,6 +245,7 @@ def small_groups_gemm(
       out_smem=plgpu.SMEM((config.compute_wgs, tile_m, WGMMA_M), out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
+      **_staging.scratch_types(config.compute_wgs),
       **_rhs_scales.scratch_types(rhs_scales.shape, config),
       **_walk.queue_types(config),
     ),
