@@ -85,10 +85,7 @@ class MGrouped:
 
 def _ragged_dot_bf16(lhs, rhs, sizes):
   """Through our kernel where it runs."""
-  kernels = "mosaic_gpu" if jax.default_backend() == "gpu" else None
-  return ragged_dot(
-    lhs, rhs, sizes, recipe=Recipe.bf16(), implementation=kernels
-  )
+  return ragged_dot(lhs, rhs, sizes, recipe=Recipe.bf16())
 
 
 def _rhs_gradient_bf16(lhs, dout, sizes):

@@ -19,11 +19,6 @@ _READ_BYTES = {"gpu": 2**30}  # Far more than the L2 cache.
 _READ_BYTES_ELSEWHERE = 2**20
 
 
-def _implementation() -> str | None:
-  """The kernels, where they are not what None means yet."""
-  return "mosaic_gpu" if jax.default_backend() == "gpu" else None
-
-
 class Masked:
   """out[g, i] = lhs[g, i] @ rhs[g].T for i < sizes[g]."""
 
@@ -57,7 +52,6 @@ class Masked:
       m_grouped_gemm_masked,
       expected_m=self.mean,
       config=config,
-      implementation=_implementation(),
     )
     return gemm, (self.lhs, self.rhs, self.sizes)
 
@@ -94,9 +88,7 @@ class Decode:
     }
 
   def _call(self, config):
-    gemm = functools.partial(
-      m_grouped_gemm, config=config, implementation=_implementation()
-    )
+    gemm = functools.partial(m_grouped_gemm, config=config)
     return gemm, (self.lhs, self.rhs, self.sizes)
 
   def max_row_error(self, out, impl):

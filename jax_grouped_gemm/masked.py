@@ -16,10 +16,6 @@ from jax_grouped_gemm.launch import m_grouped_kernel, run_kernel, stored_values
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import ScaledArray
 
-# What implementation=None means. None once the kernels have been measured with
-# this layout on a Hopper GPU: then it means them there.
-_DEFAULT_IMPLEMENTATION = "xla"
-
 
 def m_grouped_gemm_masked(
   lhs: ScaledArray,
@@ -53,8 +49,7 @@ def m_grouped_gemm_masked(
     zero_padding: whether the other rows are zeros.
     config: choices of the kernel launch, SmallGroupsConfig for few rows per
       group; None looks them up.
-    implementation: "mosaic_gpu", "xla" or "interpret"; None: "xla", until the
-      kernels have been measured with this layout.
+    implementation: as in m_grouped_gemm.
   """
   axes = ("g", "max_m", "k")
   lhs = checks.check_scaled("lhs", lhs, axes, (1, 1, SCALE_BLOCK))
@@ -72,7 +67,7 @@ def m_grouped_gemm_masked(
   out_dtype = checks.check_out_dtype(preferred_element_type)
   checks.check_m_grouped_config(config, out_dtype, k)
   implementation = implementations.choose(
-    implementation or _DEFAULT_IMPLEMENTATION,
+    implementation,
     checks.unsupported_by_kernels({"k": k, "n": n}, out_dtype),
   )
   lhs, rhs, group_sizes = vary_alike(lhs, rhs, group_sizes)

@@ -271,10 +271,8 @@ def test_small_groups_get_their_kernel():
   assert masked_config(1, n=4096, g=2).tile_n == 64
 
 
-def test_the_contiguous_layout_waits_to_be_measured(monkeypatch):
+def test_small_groups_of_the_contiguous_layout_get_it_too():
   problem = 512, 4096, 7168, 256, jnp.bfloat16
-  assert isinstance(tuning.m_grouped_config(*problem), Config)
-  monkeypatch.setattr(tuning, "SMALL_GROUPS_BY_DEFAULT", True)
   config = tuning.m_grouped_config(*problem)
   # 2 rows of a group, and up to 7 before them.
   assert isinstance(config, SmallGroupsConfig) and config.tile_m == 16

@@ -149,8 +149,8 @@ def test_axes_without_elements():
   np.testing.assert_array_equal(drhs, np.zeros_like(rhs))
 
 
-def test_kernels_are_not_the_default_yet(monkeypatch):
-  """One constant makes them that, for what they multiply."""
+def test_kernels_are_the_default(monkeypatch):
+  """On a Hopper GPU, for what they multiply."""
   args = *operands(), jnp.array(SIZES)
 
   def kernels(lhs, rhs, sizes):
@@ -162,7 +162,5 @@ def test_kernels_are_not_the_default_yet(monkeypatch):
   monkeypatch.setattr(
     unquantized.implementations, "default_device", lambda: hopper
   )
-  assert kernels(*args) == 0
-  monkeypatch.setattr(unquantized, "_KERNELS_BY_DEFAULT", True)
   assert kernels(*args) == 1
   assert kernels(*(x.astype(F32) for x in args[:2]), args[2]) == 0

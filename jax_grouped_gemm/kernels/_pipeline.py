@@ -8,6 +8,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import jaxpr_as_fun
 
 from jax_grouped_gemm.config import WGMMA_M, Config
 from jax_grouped_gemm.kernels import _order
@@ -159,7 +160,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
       plgpu.set_max_registers(compute_regs, action="increase")
       compute(refs)
 
-  return plgpu.kernel(
+  kernel = plgpu.kernel(
     kernel,
     grid=((config.num_sms or num_sms()) // config.cluster,),
     grid_names=("sm",),
@@ -176,6 +177,15 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     interpret=plgpu.InterpretGPUParams() if interpret else None,
     **types,
   )
+
+  def call(*operands):
+    # Traced as if operands were the same on all devices of jax.shard_map:
+    # warp_map refuses refs that say they are not (jax 0.11.2).
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+    [out] = jaxpr_as_fun(jax.make_jaxpr(kernel)(*shapes))(*operands)
+    return out
+
+  return call
 
 
 def num_sms() -> int:

@@ -12,11 +12,13 @@ from jax.typing import DTypeLike
 from jax_grouped_gemm.kernels._pipeline import num_sms
 
 
-def for_each_tile(num_tiles: int, num_slots: int, load, quantize_tile):
-  """Runs load(tile, slot), then quantize_tile(tile, slot), on this warpgroup's.
+def for_each_tile(num_tiles: int, num_slots: int, *stages):
+  """Runs each stage's load(tile, slot), then its quantize, on this warpgroup's.
 
-  Warpgroups take turns with the tiles. num_slots of them are loaded ahead:
-  quantize_tile must order its reads of the slot before the next load.
+  A stage is (load, quantize), the functions for a part of a tile. Warpgroups
+  take turns with the tiles. num_slots of them are loaded ahead, a part as soon
+  as the one before it in the slot is done: quantize must order its reads before
+  that load.
   """
   wgs = lax.axis_size("wg")
   stride = lax.axis_size("sm") * wgs
@@ -24,12 +26,15 @@ def for_each_tile(num_tiles: int, num_slots: int, load, quantize_tile):
   count = lax.div(num_tiles - first + stride - 1, stride)
 
   for i in range(num_slots):
-    pl.when(i < count)(functools.partial(load, first + i * stride, i))
+    for load, _ in stages:
+      pl.when(i < count)(functools.partial(load, first + i * stride, i))
 
   def step(i, _):
     slot, ahead = lax.rem(i, num_slots), i + num_slots
-    quantize_tile(first + i * stride, slot)
-    pl.when(ahead < count)(lambda: load(first + ahead * stride, slot))
+    for load, quantize in stages:
+      quantize(first + i * stride, slot)
+      load_ahead = functools.partial(load, first + ahead * stride, slot)
+      pl.when(ahead < count)(load_ahead)
     return 0
 
   lax.fori_loop(0, count, step, 0)

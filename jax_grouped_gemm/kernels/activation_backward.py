@@ -93,7 +93,7 @@ def _kernel(*operands, activation: str, interpret: bool, **scratch):
     plgpu.commit_smem_to_gmem_group()
 
   num_tiles = pl.cdiv(m, _TILE_ROWS) * col_tiles
-  _tile_loop.for_each_tile(num_tiles, slots, load, differentiate_tile)
+  _tile_loop.for_each_tile(num_tiles, slots, (load, differentiate_tile))
 
 
 # ---------------------------------------------------------------- launch

@@ -98,7 +98,7 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
       interpret=interpret,
     )
 
-  _tile_loop.for_each_tile(num_tiles, slots, load, quantize_tile)
+  _tile_loop.for_each_tile(num_tiles, slots, (load, quantize_tile))
 
 
 # ---------------------------------------------------------------- launch

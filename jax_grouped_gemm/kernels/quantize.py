@@ -15,6 +15,7 @@ Each warpgroup works for itself, on every n-th tile of (tile_rows, 128):
 import functools
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -97,7 +98,7 @@ def _kernel(
       interpret=interpret,
     )
 
-  _tile_loop.for_each_tile(num_tiles, slots, load, quantize_tile)
+  _tile_loop.for_each_tile(num_tiles, slots, (load, quantize_tile))
 
 
 # ---------------------------------------------------------------- launch
@@ -120,7 +121,9 @@ def quantize_rows(
   if activation:
     x = x.reshape(m, parts, k)
   x = _tile_loop.at_least(x, ROW_ALIGN, SCALE_BLOCK)
-  tile_rows = _TILE_BYTES // (parts * SCALE_BLOCK * x.dtype.itemsize)
+  # Of e5m2, whose Inf is made of bits, registers hold half as much.
+  tile_bytes = _TILE_BYTES if dtype == jnp.float8_e4m3fn else _TILE_BYTES // 2
+  tile_rows = tile_bytes // (parts * SCALE_BLOCK * x.dtype.itemsize)
   tile_rows = min(tile_rows, x.shape[0] // ROW_ALIGN * ROW_ALIGN)
   slots = _WGS, _SLOTS
   out_type = _quantize_rows.out_types(m, k, tile_rows, dtype)

@@ -11,7 +11,7 @@ makes of the tokens of all blocks.
 Each warpgroup works for itself, on every n-th tile of 128 tokens x 64 features,
 or 128 with rows:
   wait full[slot] | (read, scale, convert, store rows)
-  | read transposed | scale, convert | store | load a next tile
+  | read transposed | scale, convert | store | load ahead
 """
 
 import functools
@@ -41,7 +41,6 @@ _WGS_WITH_ROWS, _SLOTS_WITH_ROWS = 3, 1
 # TMA starts at whole 8 rows: up to 7 tokens before the block's come along.
 _ROWS = SCALE_BLOCK + ROW_ALIGN
 _PIECE_ROWS = 64  # of a tile, quantised along rows at once.
-_PANEL_FEATURES = 512  # of which all tokens come before those of the next.
 
 
 class _Refs(NamedTuple):
@@ -54,7 +53,7 @@ class _Refs(NamedTuple):
   scales_gmem: Ref  # (blocks, f in whole tiles) f32
   rows_gmem: tuple[Ref, ...]  # Values and scales, or nothing.
   x_smem: Ref  # (wg, slots, parts, 136, 64)
-  full: Ref  # (wg * slots,): an arrival for each part
+  full: Ref  # (wg * slots * parts,)
   values_smem: Ref  # (wg, staged, 64, 128) f8
   scales_smem: Ref  # (wg, staged, 64) f32
   zeros_smem: Ref  # (wg, 64): in the place of the tokens of other groups
@@ -70,67 +69,61 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
   dtype = refs.values_gmem.dtype
   static = dict(power_of_two_scales=power_of_two_scales, interpret=interpret)
 
-  panel_tiles = _PANEL_FEATURES // (parts * WGMMA_M)
-
   def place(tile):
-    """Returns the tile's block and its number among the block's tiles.
-
-    All blocks of some tiles side by side come before the next ones. Then the
-    tiles in work at a time are neighbours in x and in values: memory is read
-    and written in long pieces of a row, not here and there.
-    """
-    panel = lax.div(tile, panel_tiles * blocks)
-    first = panel * panel_tiles
-    width = jnp.minimum(panel_tiles, tiles - first)
-    tile -= first * blocks
-    return lax.div(tile, width), first + lax.rem(tile, width)
+    """Returns the tile's block and its number among the block's tiles."""
+    return lax.div(tile, tiles), lax.rem(tile, tiles)
 
   def features(j, part):
     return pl.ds((j * parts + part) * WGMMA_M, WGMMA_M)
 
-  def load(tile, slot):
+  def full(slot, part):
+    return refs.full.at[(wg * slots + slot) * parts + part]
+
+  def load(part, tile, slot):
     block, j = place(tile)
     first = lax.div(refs.first_gmem[block], ROW_ALIGN) * ROW_ALIGN
-    for part in range(parts):
-      plgpu.copy_gmem_to_smem(
-        refs.x_gmem.at[pl.ds(first, _ROWS), features(j, part)],
-        refs.x_smem.at[wg, slot, part],
-        refs.full.at[wg * slots + slot],
-      )
+    plgpu.copy_gmem_to_smem(
+      refs.x_gmem.at[pl.ds(first, _ROWS), features(j, part)],
+      refs.x_smem.at[wg, slot, part],
+      full(slot, part),
+    )
 
-  def quantize_tile(tile, slot):
+  def quantize_part(part, tile, slot):
     block, j = place(tile)
     first, size = refs.first_gmem[block], refs.size_gmem[block]
-    plgpu.barrier_wait(refs.full.at[wg * slots + slot])
     offset = lax.rem(first, ROW_ALIGN)
-    x_parts = [refs.x_smem.at[wg, slot, part] for part in range(parts)]
-    if refs.rows_gmem:
-      store_rows(x_parts, first, size, offset, j)
-    for part, x_smem in enumerate(x_parts):
-      # Where it is staged: parts in turn, or tiles of one part.
-      staged = part if parts > 1 else slot
-      x = _token_tiles.load_transposed(
-        x_smem, offset, size, refs.zeros_smem.at[wg], interpret
-      )
-      values, scales = _fp8.quantize_rows(
-        x, plgpu.Layout.WGMMA, dtype, **static
-      )
-      # What was staged there before, each time one group of copies.
-      plgpu.wait_smem_to_gmem(stages - 1, wait_read_only=True)
-      refs.values_smem[wg, staged] = values
-      refs.scales_smem[wg, staged] = scales
-      # Orders the reads of the slot before the next load too.
-      plgpu.commit_smem()
-      tokens = pl.ds(block * SCALE_BLOCK, SCALE_BLOCK)
-      plgpu.copy_smem_to_gmem(
-        refs.values_smem.at[wg, staged],
-        refs.values_gmem.at[features(j, part), tokens],
-        commit_group=False,
-      )
-      plgpu.copy_smem_to_gmem(
-        refs.scales_smem.at[wg, staged],
-        refs.scales_gmem.at[block, features(j, part)],
-      )
+    if part == 0:
+      for i in range(parts):
+        plgpu.barrier_wait(full(slot, i))
+      if refs.rows_gmem:
+        x_parts = [refs.x_smem.at[wg, slot, i] for i in range(parts)]
+        store_rows(x_parts, first, size, offset, j)
+    # Where it is staged: parts in turn, or tiles of one part.
+    staged = part if parts > 1 else slot
+    x = _token_tiles.load_transposed(
+      refs.x_smem.at[wg, slot, part],
+      offset,
+      size,
+      refs.zeros_smem.at[wg],
+      interpret,
+    )
+    values, scales = _fp8.quantize_rows(x, plgpu.Layout.WGMMA, dtype, **static)
+    # What was staged there before, each time one group of copies.
+    plgpu.wait_smem_to_gmem(stages - 1, wait_read_only=True)
+    refs.values_smem[wg, staged] = values
+    refs.scales_smem[wg, staged] = scales
+    # Orders the reads of the slot before the next load too.
+    plgpu.commit_smem()
+    tokens = pl.ds(block * SCALE_BLOCK, SCALE_BLOCK)
+    plgpu.copy_smem_to_gmem(
+      refs.values_smem.at[wg, staged],
+      refs.values_gmem.at[features(j, part), tokens],
+      commit_group=False,
+    )
+    plgpu.copy_smem_to_gmem(
+      refs.scales_smem.at[wg, staged],
+      refs.scales_gmem.at[block, features(j, part)],
+    )
 
   def store_rows(x_parts, first, size, offset, j):
     for row in range(0, SCALE_BLOCK, _PIECE_ROWS):
@@ -149,7 +142,14 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
     plgpu.Layout.WGMMA.reduce(1),
   )
   plgpu.commit_smem()
-  _tile_loop.for_each_tile(blocks * tiles, slots, load, quantize_tile)
+  _tile_loop.for_each_tile(
+    blocks * tiles,
+    slots,
+    *(
+      (functools.partial(load, part), functools.partial(quantize_part, part))
+      for part in range(parts)
+    ),
+  )
 
 
 # ---------------------------------------------------------------- launch
@@ -192,7 +192,7 @@ def quantize_tokens(
   ]
   scratch_types = dict(
     x_smem=plgpu.SMEM((wgs, slots, parts, _ROWS, WGMMA_M), x.dtype),
-    full=plgpu.Barrier(num_arrivals=parts, num_barriers=wgs * slots),
+    full=plgpu.Barrier(num_barriers=wgs * slots * parts),
     values_smem=plgpu.SMEM((wgs, stages, WGMMA_M, SCALE_BLOCK), dtype),
     scales_smem=plgpu.SMEM((wgs, stages, WGMMA_M), jnp.float32),
     zeros_smem=plgpu.SMEM((wgs, WGMMA_M), x.dtype),

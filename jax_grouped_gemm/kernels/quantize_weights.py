@@ -111,7 +111,7 @@ def _kernel(*operands, power_of_two_scales: bool, interpret: bool, **scratch):
         plgpu.copy_smem_to_gmem(smem.at[wg, j], gmem, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
 
-  _tile_loop.for_each_tile(num_blocks, slots, load, quantize_block)
+  _tile_loop.for_each_tile(num_blocks, slots, (load, quantize_block))
 
 
 def _scale(amax, smem, power_of_two_scales: bool):

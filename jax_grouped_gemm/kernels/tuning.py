@@ -34,22 +34,18 @@ _MAX_M_RATIO = math.sqrt(2)  # of a problem's m to that of a measured entry.
 
 # M-grouped: (compute_wgs, tile_n, cluster, multicast) -> microseconds of a k
 # slice of a tile, and of a tile besides. Fitted to what `python -m benchmarks
-# tune` measured of the shapes "deepgemm", "small", "models" and "random" (H200,
-# jax 0.11.2), but for the last, an estimate.
+# tune` measured of the shapes "deepgemm", "small" and "dense" (H200, jax
+# 0.11.2), but for the last, an estimate.
 _COSTS_US = {
-  (3, 128, 2, "lhs"): (0.586, 1.12),
-  (3, 128, 1, "lhs"): (0.630, 0.61),
-  (2, 192, 2, "lhs"): (0.648, 0.74),
-  (2, 192, 2, "rhs"): (0.639, 1.20),
-  (2, 128, 2, "lhs"): (0.442, 0.66),
-  (2, 64, 2, "lhs"): (0.280, 0.67),
-  (2, 64, 1, "lhs"): (0.300, 0.60),
+  (3, 128, 2, "lhs"): (0.568, 0.36),
+  (3, 128, 1, "lhs"): (0.560, 0.66),
+  (2, 192, 2, "lhs"): (0.612, 0.20),
+  (2, 128, 2, "lhs"): (0.426, 0.15),
+  (2, 64, 2, "lhs"): (0.280, 0.51),
+  (2, 64, 1, "lhs"): (0.290, 0.50),
 }
 
-# Whether m_grouped_gemm takes the kernel for small groups without being asked.
-# It has not run on a GPU: measure it, then flip this.
-SMALL_GROUPS_BY_DEFAULT = False
-_SMALL_GROUP = 64  # rows, on average
+_SMALL_GROUP = 64  # rows, on average; more are not for that kernel.
 _ROW_SPREAD = 1.5  # Of a group's rows to their average; more are a second tile.
 _MOST_SLOTS = 24  # of small tiles
 
@@ -180,7 +176,7 @@ def m_grouped_config(
   measured = _lookup("m_grouped", m, n, k, g, out_dtype)
   if measured:
     return measured
-  if SMALL_GROUPS_BY_DEFAULT and m <= _SMALL_GROUP * g:
+  if m <= _SMALL_GROUP * g:
     return small_groups_config(-(-m // g), n, k, g, out_dtype, 1)
   configs = m_grouped_candidates(k, out_dtype)
   return min(configs, key=lambda c: m_grouped_us(c, m, n, k, g))

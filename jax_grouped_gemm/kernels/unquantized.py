@@ -25,10 +25,6 @@ from jax_grouped_gemm.kernels import (
 )
 from jax_grouped_gemm.manual_axes import vary_alike, zeros
 
-# Whether implementation=None means the kernels on a Hopper GPU. They have not
-# been measured yet.
-_KERNELS_BY_DEFAULT = False
-
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 _KERNEL_OUT_DTYPES = (*_KERNEL_DTYPES, jnp.float32)
 _COL_ALIGN = 64  # 16-bit elements of a row of a swizzled SMEM tile.
@@ -156,10 +152,7 @@ class Unquantized:
         "multiplies two bfloat16 or two float16 operands where the recipe does "
         f"not quantise, got {x.dtype} and {y.dtype}"
       )
-    by_default = None if _KERNELS_BY_DEFAULT else "xla"
-    return implementations.choose(
-      self.implementation or by_default, unsupported
-    )
+    return implementations.choose(self.implementation, unsupported)
 
   def _ragged_dot(self, lhs, rhs, sizes, dtype):
     return lax.ragged_dot(
