@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jax_grouped_gemm.config import ROW_ALIGN, Config
+from jax_grouped_gemm.config import ROW_ALIGN, WGMMA_M, Config
 from jax_grouped_gemm.kernels._pipeline import Ref
 from jax_grouped_gemm.schedule import Masked
 
@@ -107,6 +107,19 @@ class Walk:
     """TMA starts at whole 8 rows: up to 7 rows of other groups come along."""
     return lax.div(group.start, ROW_ALIGN) * ROW_ALIGN
 
+  def rows_of(self, mi, group: Group):
+    """Returns the first row of the group's mi-th tile, and the last one + 1.
+
+    A group's tiles are of as many warpgroups each as they can be: of 4, with 3
+    in a CTA, 2 and 2. A warpgroup alone leaves the tensor cores idle while it
+    promotes.
+    """
+    first, unit = self.first_row(group), min(WGMMA_M, self.config.tile_m)
+    units = pl.cdiv(group.end - first, unit)
+    tiles = jnp.maximum(self.row_tiles(group), 1)
+    start, end = (lax.div(i * units, tiles) for i in (mi, mi + 1))
+    return first + start * unit, first + end * unit
+
   def row_clusters(self, group: Group):
     """Clusters of row tiles whose first one is the group's."""
     end = pl.cdiv(group.row_tiles + self.row_tiles(group), self.rows)
@@ -162,9 +175,9 @@ class Walk:
       mi = lax.select(is_neighbour, 0, mi + cta)
     if self.cols > 1:
       ni = ni * self.cols + cta
-    row = self.first_row(group) + mi * self.config.tile_m
+    row, end = self.rows_of(mi, group)
     offset = jnp.maximum(group.start - row, 0)
-    size = jnp.minimum(group.end - row, self.config.tile_m) - offset
+    size = jnp.minimum(group.end, end) - row - offset
     # Without a neighbour: any rows, none of them stored.
     left = self.is_left(group)
     index = lax.select(left & self.in_rhs, self.rhs_index(group), 0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from hopper import compile_for_hopper, spilled_bytes
 
+from jax_grouped_gemm import quantize
 from jax_grouped_gemm.config import SMEM_BYTES, Config
 from jax_grouped_gemm.kernels import tuning
 from jax_grouped_gemm.kernels.k_grouped import k_grouped_gemm
@@ -180,3 +181,13 @@ def test_smem_formula_covers_what_a_kernel_allocates():
   )
   with pytest.raises(ValueError, match="shared memory"):
     compile_for_hopper(gemm, *m_grouped_args(256, 192, 256, 2))
+
+
+def test_xla_rounds_to_fp8():
+  """It does not, by itself, where the values become float32 in the same jit."""
+
+  def round_trip(x):
+    return quantize(x, (1, 128), implementation="xla").dequantize()
+
+  x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+  assert "f8e4m3fn[256,256]" in compile_for_hopper(round_trip, x).as_text()

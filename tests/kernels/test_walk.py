@@ -92,3 +92,28 @@ def test_masked(config):
       for end, start in zip(used, starts, strict=True)
       for row in range(end, start + 64)
     ]
+
+
+@pytest.mark.parametrize(
+  "rows, heights",
+  [(64, [64]), (200, [128, 72]), (449, [128, 192, 129]), (576, [192] * 3)],
+)
+def test_tiles_of_a_group_are_alike(rows, heights):
+  """Of 64 rows per warpgroup, but for the last; as alike as they can be."""
+  config = Config(tile_n=128, compute_wgs=3, cluster=1)
+  sizes, shape = jnp.array([rows]), (rows, 128, 1)
+
+  def tile(index):
+    walk = Walk(sizes, jnp.array([0]), shape, config, in_rhs=True)
+    group = walk.find_group(index, walk.first_group(jnp.int32(0)))
+    return walk.tile(index, group)[0]
+
+  indices = jnp.arange(len(heights))
+  tiles = jax.vmap(lambda _: jax.vmap(tile)(indices), axis_name="cta")(
+    indices[:1]
+  )
+  order = np.argsort(tiles.row[0])
+  assert tiles.size[0][order].tolist() == heights
+  np.testing.assert_array_equal(
+    tiles.row[0][order], np.cumsum([0, *heights[:-1]])
+  )
