@@ -92,6 +92,8 @@ def skip_slices(refs, num_stages: int, k_iters, step):
   def release_slot(ki):
     slot = lax.rem(step + ki, num_stages)
     plgpu.barrier_wait(refs.full.at[slot])
+    # No warp is to fall a round behind the one that releases.
+    _order.meet_warps(refs.interpret)
     plgpu.barrier_arrive(refs.empty.at[slot])
 
 
