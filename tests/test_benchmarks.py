@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import gemms, run, shapes, torch_peers, tune
 from benchmarks.__main__ import main
-from jax_grouped_gemm import Config
+from jax_grouped_gemm import Config, implementation
 from jax_grouped_gemm.kernels import tuning
 
 
@@ -82,10 +82,11 @@ def test_bf16_of_ours(benchmark, tmp_path):
 
 
 def test_only_the_gradient_of_rhs_is_timed(monkeypatch):
-  monkeypatch.setattr(gemms.jax, "default_backend", lambda: "gpu")
+  hopper = type("Hopper", (), {"platform": "gpu", "compute_capability": "9.0"})
   (problem,) = shapes.problems("k_grouped", ["smoke"], ["ragged"])
   operands = gemms.KGrouped.operands(problem)
   fn, args = gemms.KGrouped(problem, operands).calls()["ours_bf16"]()
+  monkeypatch.setattr(implementation, "default_device", lambda: hopper)
   untraced = jax.jit(lambda *args: fn(*args))
   lowered = untraced.trace(*args).lower(lowering_platforms=("cuda",))
   assert lowered.as_text().count("mosaic_gpu_v2") == 1
