@@ -394,11 +394,11 @@ def test_kernel_is_the_default_on_hopper(call, monkeypatch):
   assert "sm90" not in traced(call, implementation="xla")
 
 
-def test_kernels_for_small_groups_must_be_asked_for(monkeypatch):
+def test_kernels_for_small_groups(monkeypatch):
+  """They get them, unless a config says otherwise."""
   pretend(monkeypatch, "9.0")
-  assert "sm90" not in traced(masked)
-  assert "small_groups" not in traced(m_grouped)
   for call in (m_grouped, masked):
+    assert "small_groups" in traced(call)
     kernels = [
       traced(call, implementation="mosaic_gpu", config=config)
       for config in (SmallGroupsConfig(), Config())

@@ -361,7 +361,7 @@ def kernels_of(fn, *args):
 @pytest.mark.slow
 def test_kernels_of_the_layer():
   """Nothing is multiplied twice, and no copy is quantised on its own."""
-  x = jax.ShapeDtypeStruct((64, 128), BF16)
+  x = jax.ShapeDtypeStruct((256, 128), BF16)
   params = moe.MoeParams(
     *(
       jax.ShapeDtypeStruct(shape, BF16)
