@@ -1,6 +1,5 @@
 """A differentiable jax.lax.ragged_dot whose products are quantised."""
 
-import dataclasses
 import functools
 
 import jax
@@ -15,22 +14,14 @@ from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.kernels.unquantized import Unquantized
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
-from jax_grouped_gemm.quantization import (
-  quantize_rows,
-  quantize_weights,
-  where_supported,
-)
 from jax_grouped_gemm.quantized_weights import (
   QuantizedWeights,
   check_quantized_weights,
   name_quantized_weights,
 )
+from jax_grouped_gemm.ragged_dot_call import Call
 from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
-from jax_grouped_gemm.token_quantization import (
-  quantize_for_k_grouped,
-  quantize_rows_and_tokens,
-)
 
 _LHS_DTYPE = jnp.float8_e4m3fn  # Gradients are the recipe's.
 
@@ -113,7 +104,7 @@ def ragged_dot(
     jax.ShapeDtypeStruct(rhs.shape[:1], group_sizes.dtype),
   )
   use_lax = implementations.default_device().platform != "cpu"
-  call = _Call(
+  call = Call(
     recipe=recipe,
     implementation=implementation,
     unquantized=Unquantized(
@@ -143,47 +134,33 @@ def _check_operands(lhs, rhs):
 # ---------------------------------------------------------------- gradients
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-  """What is static in a call of ragged_dot."""
-
-  recipe: Recipe
-  implementation: str | None
-  unquantized: Unquantized
-  out_dtype: jnp.dtype
-  lhs_dtype: jnp.dtype
-  rhs_dtype: jnp.dtype
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ragged_dot(call: _Call, lhs, rhs, quantized, group_sizes, group_offset):
+def _ragged_dot(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
   rows, weights = quantized
   if weights is None and call.recipe.forward == "fp8":
-    weights = _quantize_weights(call, rhs)
+    weights = call.quantize_weights(rhs)
   return _forward(call, lhs, rhs, (rows, weights), group_sizes, group_offset)
 
 
-def _ragged_dot_fwd(
-  call: _Call, lhs, rhs, quantized, group_sizes, group_offset
-):
+def _ragged_dot_fwd(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
   (rows, weights), recipe, dgrad_rhs = quantized, call.recipe, rhs
   if weights is None and recipe.quantizes_weights:
-    weights = name_quantized_weights(_quantize_weights(call, rhs))
+    weights = name_quantized_weights(call.quantize_weights(rhs))
   if recipe.dgrad == "fp8":
     dgrad_rhs = weights.dgrad
   wgrad_lhs = lhs
   if recipe.wgrad == "fp8":
     # From the values themselves: forward's copy has its blocks the other way.
-    args = call, lhs, group_sizes, group_offset, rhs.shape[0], _LHS_DTYPE
+    args = lhs, group_sizes, group_offset, rhs.shape[0], _LHS_DTYPE
     if recipe.forward == "fp8" and rows is None:
-      rows, wgrad_lhs = _quantize_both(*args)
+      rows, wgrad_lhs = call.quantize_both(*args)
     else:
-      wgrad_lhs = _quantize_tokens(*args)
+      wgrad_lhs = call.quantize_tokens(*args)
   out = _forward(call, lhs, rhs, (rows, weights), group_sizes, group_offset)
   return out, (dgrad_rhs, wgrad_lhs, group_sizes, group_offset)
 
 
-def _ragged_dot_bwd(call: _Call, residuals, dout):
+def _ragged_dot_bwd(call: Call, residuals, dout):
   rhs, lhs, group_sizes, group_offset = residuals
   recipe = call.recipe
   groups = rhs.shape[0]
@@ -191,11 +168,11 @@ def _ragged_dot_bwd(call: _Call, residuals, dout):
     group_sizes, dout.shape[0], group_offset, groups
   )
   rows = tokens = dout
-  args = call, dout, group_sizes, group_offset, groups, recipe.gradient_dtype
+  args = dout, group_sizes, group_offset, groups, recipe.gradient_dtype
   if recipe.dgrad == recipe.wgrad == "fp8":
-    rows, tokens = _quantize_both(*args)
+    rows, tokens = call.quantize_both(*args)
   elif recipe.wgrad == "fp8":
-    tokens = _quantize_tokens(*args)
+    tokens = call.quantize_tokens(*args)
   if recipe.dgrad == "fp8":
     dlhs = _m_grouped(
       call,
@@ -224,58 +201,7 @@ def _ragged_dot_bwd(call: _Call, residuals, dout):
 _ragged_dot.defvjp(_ragged_dot_fwd, _ragged_dot_bwd)
 
 
-def _quantize_weights(call: _Call, rhs) -> QuantizedWeights:
-  return quantize_weights(
-    rhs,
-    power_of_two_scales=call.recipe.power_of_two_scales,
-    implementation=where_supported(
-      call.implementation, checks.unsupported_by_quantize_weights(rhs)
-    ),
-  )
-
-
-def _quantize_both(
-  call: _Call, x, group_sizes, group_offset, groups: int, dtype: DTypeLike
-) -> tuple[ScaledArray, ScaledArray]:
-  """Returns x for m_grouped_gemm and, along tokens, for k_grouped_gemm."""
-  args = call, x, group_sizes, group_offset, groups, dtype
-  if checks.unsupported_by_quantize_tokens(x) is not None:
-    return _quantize_rows(call, x, dtype), _quantize_tokens(*args)
-  return _quantize_tokens(*args, quantize=quantize_rows_and_tokens)
-
-
-def _quantize_tokens(
-  call: _Call,
-  x,
-  group_sizes,
-  group_offset,
-  groups: int,
-  dtype: DTypeLike,
-  quantize=quantize_for_k_grouped,
-):
-  return quantize(
-    x,
-    group_sizes,
-    dtype=dtype,
-    power_of_two_scales=call.recipe.power_of_two_scales,
-    group_offset=group_offset,
-    num_groups=None if group_offset is None else groups,
-    implementation=where_supported(
-      call.implementation, checks.unsupported_by_quantize_tokens(x)
-    ),
-  )
-
-
-def _quantize_rows(call: _Call, x, dtype: DTypeLike) -> ScaledArray:
-  return quantize_rows(
-    x,
-    dtype=dtype,
-    power_of_two_scales=call.recipe.power_of_two_scales,
-    implementation=call.implementation,
-  )
-
-
-def _forward(call: _Call, lhs, rhs, quantized, group_sizes, group_offset):
+def _forward(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
   rows, weights = quantized
   if call.recipe.forward != "fp8":
     bounds = schedule.group_bounds(
@@ -294,7 +220,7 @@ def _forward(call: _Call, lhs, rhs, quantized, group_sizes, group_offset):
 
 
 def _m_grouped(
-  call: _Call,
+  call: Call,
   x: Float[Array, "m k"] | ScaledArray,
   weights: ScaledArray,
   group_sizes,
@@ -305,7 +231,7 @@ def _m_grouped(
 ) -> Float[Array, "m n"]:
   """out[r] = x[r] @ weights[group of r].T, weights (g, n, k)."""
   if not isinstance(x, ScaledArray):
-    x = _quantize_rows(call, x, value_dtype)
+    x = call.quantize_rows(x, value_dtype)
   return m_grouped_gemm(
     x,
     weights,

@@ -1,6 +1,5 @@
 """The tiles of a K-grouped GEMM: their order, and their way to out."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -66,7 +65,7 @@ def load_tiles(refs, config: Config, load_tile):
 
   @pl.when(last.group != none)
   def store_last():
-    @functools.partial(_pipeline.on_warps, lambda: None)
+    @_pipeline.on_second_warp
     def beside():
       @pl.loop(0, config.compute_wgs)
       def next_warpgroup(wg):

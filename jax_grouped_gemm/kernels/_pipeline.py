@@ -22,9 +22,7 @@ _LEAST_SMS = 2  # of a cluster.
 Ref = Any  # Pallas refs have no public type that supports `.at`.
 
 
-def load_slices(
-  refs, num_stages: int, k_iters, step, load_slice, beside=lambda: None
-):
+def load_slices(refs, num_stages: int, k_iters, step, load_slice, beside):
   """Calls load_slice(ki, slot) for each k slice once its slot is empty.
 
   `step` counts the slices of all tiles and so tells the slot. Returns the step
@@ -55,13 +53,17 @@ def on_warps(*fns):
 
   def run(warp):
     for i, fn in enumerate(fns):
-      pl.when(warp == i)(lambda fn=fn: _returns_none(fn))
+
+      @pl.when(warp == i)
+      def run_one(fn=fn):
+        fn()
 
   plgpu.warp_map(run)
 
 
-def _returns_none(fn):
-  fn()
+def on_second_warp(fn):
+  """Runs fn() on the warp beside the loading one."""
+  on_warps(lambda: None, fn)
 
 
 def load_operands(

@@ -32,9 +32,9 @@ def has_rows(tile: Tile, wg):
 
 
 def stage(refs, count, write):
-  """Runs write(), which fills this warpgroup's out_smem, `count` times before.
+  """Runs write(), which fills this warpgroup's out_smem.
 
-  Once the storing warp has read what was there.
+  If count > 0, it has staged before: once the storing warp has read that.
   """
   wait_stored(refs, count)
   write()

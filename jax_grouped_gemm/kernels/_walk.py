@@ -62,10 +62,10 @@ def load_tiles(
   def store_next(state):
     i, group, _ = state
     group, tile, _, is_tile = find_tile(of_others, i, group)
-    pl.when(is_tile)(lambda: on_second_warp(lambda: storing.store_zeros(tile)))
+    store = lambda: storing.store_zeros(tile)
+    pl.when(is_tile)(lambda: _pipeline.on_second_warp(store))
     return i + 1, group, is_tile
 
-  on_second_warp = functools.partial(_pipeline.on_warps, lambda: None)
   zero = jnp.int32(0)
   of_rhs, of_others = walk(in_rhs=True), walk(in_rhs=False)
   none = Tile(*[zero] * len(Tile._fields))
@@ -79,13 +79,15 @@ def load_tiles(
   if masked:
     has_others &= masked.zero_padding
   index = lax.select(has_others, zero, end.index)
-  on_second_warp(storing.wait_zeros)
+  _pipeline.on_second_warp(storing.wait_zeros)
   lax.while_loop(
     lambda state: state[-1],
     store_next,
     (zero, of_others.first_group(index), True),
   )
-  on_second_warp(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+  _pipeline.on_second_warp(
+    lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  )
   _pipeline.drain(refs.tiles_empty, TILE_SLOTS, i)
   return step
 
