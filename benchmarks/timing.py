@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 _MAX_KEPT_BYTES = 2**34
-_FLUSH_WORDS = 2**26  # of 4 bytes, several times the L2 cache.
-_FLUSH = "popcnt"  # in the name of its kernel.
+_FLUSH_SHAPE = (2**13, 2**13)  # of 4 bytes, several times the L2 cache.
+_FLUSH = "popcnt"  # in the name of its first kernel.
+_FLUSH_KERNELS = 2
 _ROUNDS = 3
 
 
@@ -19,6 +20,8 @@ class Program:
   Args:
     fn: what is timed.
     *args: its arguments, or their shapes: then nothing touches the device.
+    in_place: the index of the argument that the result replaces, if any: each
+      run goes on with what the one before made of it.
 
   Attributes:
     out_info: the shapes of what fn returns.
@@ -26,32 +29,43 @@ class Program:
       plans them.
   """
 
-  def __init__(self, fn, *args):
+  def __init__(self, fn, *args, in_place: int | None = None):
     self._on_gpu = jax.default_backend() == "gpu"
+    self._in_place = in_place
 
-    def flush_and_run(words, args):
-      # What fn makes of args, it does after the flush, which is one kernel. It
-      # has an operation of its own to be known by.
-      words = jax.lax.population_count(words)
-      words, args = jax.lax.optimization_barrier((words, args))
-      return words, fn(*args)
+    def flush_and_run(words, *args):
+      # What fn makes of args, it does after the flush, which has an operation
+      # of its own to be known by. What that writes is still in the cache and
+      # would be written to memory on fn's account: so it is read again.
+      words = jax.lax.optimization_barrier(jax.lax.population_count(words))
+      sums = jnp.sum(words, axis=1)
+      sums, args = jax.lax.optimization_barrier((sums, args))
+      return sums, fn(*args)
 
     # Elsewhere a flush would be part of the time.
-    words = _FLUSH_WORDS if self._on_gpu else 1
-    self._words = jax.ShapeDtypeStruct((words,), jnp.uint32)
-    self._compiled = jax.jit(flush_and_run).lower(self._words, args).compile()
+    rows, cols = _FLUSH_SHAPE if self._on_gpu else (1, 1)
+    self._words = jax.ShapeDtypeStruct((rows, cols), jnp.uint32)
+    donated = () if in_place is None else (1 + in_place,)
+    flush_and_run = jax.jit(flush_and_run, donate_argnums=donated)
+    self._compiled = flush_and_run.lower(self._words, *args).compile()
     self.out_info = self._compiled.out_info[1]
     memory = self._compiled.memory_analysis()
     self.peak_bytes = (
       memory.temp_size_in_bytes
       + memory.argument_size_in_bytes
       + memory.output_size_in_bytes
-      - 2 * words * self._words.dtype.itemsize  # Before and after the flush.
+      # Before and after the flush, and its sums.
+      - (2 * rows * cols + rows) * self._words.dtype.itemsize
     )
 
   def __call__(self, *args):
     """Returns what the function returns."""
-    return self._compiled(self._zeros(), args)[1]
+    return self._compiled(self._zeros(), *self._copied(args))[1]
+
+  def _copied(self, args):
+    """Returns args, but a copy of the one that will be replaced."""
+    copy = lambda i, arg: jnp.copy(arg) if i == self._in_place else arg
+    return [copy(i, arg) for i, arg in enumerate(args)]
 
   def _zeros(self):
     return jnp.zeros(self._words.shape, self._words.dtype)
@@ -63,12 +77,16 @@ class Program:
     reports them, after the L2 cache was flushed: the gaps between kernels are
     not in it. Elsewhere wall-clock time, of no kernels.
     """
+    words = self._zeros()
+    run = self._compiled
+    if self._in_place is not None:
+      run = _InPlace(self._compiled, self._in_place, self._copied(args))
     if not self._on_gpu:
-      words, times = self._zeros(), []
-      jax.block_until_ready(self._compiled(words, args))
+      times = []
+      jax.block_until_ready(run(words, *args))
       for _ in range(iterations):
         start = time.perf_counter()
-        jax.block_until_ready(self._compiled(words, args))
+        jax.block_until_ready(run(words, *args))
         times.append(time.perf_counter() - start)
       return 1e6 * statistics.median(times), {}
     from jax.experimental.mosaic.gpu import profiler
@@ -77,10 +95,8 @@ class Program:
     results = self._compiled.out_info
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(results))
     iterations = max(1, min(iterations, _MAX_KEPT_BYTES // kept))
-    measure = profiler.measure(
-      self._compiled, iterations=iterations, aggregate=False
-    )
-    _, runs = measure(self._zeros(), args)
+    measure = profiler.measure(run, iterations=iterations, aggregate=False)
+    _, runs = measure(words, *args)
     # A single run is not in a list of its own.
     runs = runs if isinstance(runs[0], list) else [runs]
     runs = [_without_flush(kernels) for kernels in runs]
@@ -91,13 +107,26 @@ class Program:
     return 1e3 * statistics.median(map(total_ms, runs)), dict(kernels_us)
 
 
+class _InPlace(jax.stages.Wrapped):
+  """Runs a program with what its last run made of one of its arguments."""
+
+  def __init__(self, compiled, index: int, args):
+    self._compiled, self._index, self._value = compiled, index, args[index]
+
+  def __call__(self, words, *args):
+    args = list(args)
+    args[self._index] = self._value
+    sums, self._value = self._compiled(words, *args)
+    return sums
+
+
 def _without_flush(kernels):
   """What fn computes of nothing but constants may come before the flush."""
-  others = [kernel for kernel in kernels if _FLUSH not in kernel[0]]
-  if len(others) != len(kernels) - 1:
-    names = [name for name, _ in kernels]
-    raise RuntimeError(f"one kernel must be the flush of the cache: {names}")
-  return others
+  names = [name for name, _ in kernels]
+  flushes = [i for i, name in enumerate(names) if _FLUSH in name]
+  if len(flushes) != 1 or "reduce" not in names[flushes[0] + 1]:
+    raise RuntimeError(f"kernels must be one flush of the cache first: {names}")
+  return kernels[: flushes[0]] + kernels[flushes[0] + _FLUSH_KERNELS :]
 
 
 def measure_us(fn, *args, iterations: int) -> float:

@@ -26,9 +26,10 @@ def out_smem(config: Config, slice_n: int, dtype: DTypeLike):
   return plgpu.SMEM((config.compute_wgs, slices, WGMMA_M, slice_n), dtype)
 
 
-def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col):
+def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col, add: bool = False):
   """Stores columns from `col` on, unless they lie beyond those of out.
 
+  With `add`, adds them to what is there, in the memory system.
   Nothing waits for it before plgpu.commit_smem_to_gmem_group.
   """
   cols = pl.ds(col, slice_smem.shape[-1])
@@ -38,7 +39,10 @@ def store_slice(slice_smem: Ref, out_gmem: Ref, rows, col):
   @pl.when(col < out_gmem.shape[-1])
   def store():
     plgpu.copy_smem_to_gmem(
-      slice_smem, out_gmem.at[rows, cols], commit_group=False
+      slice_smem,
+      out_gmem.at[rows, cols],
+      commit_group=False,
+      reduction_op="add" if add else None,
     )
 
 

@@ -45,32 +45,28 @@ def load_tiles(refs, config: Config, load_tile):
 
   By `step = load_tile(refs, config, tile, step, beside)`, where `step` counts k
   slices and so tells the slot of SMEM. Meanwhile a second warp runs beside(),
-  which stores the tile before and loads the accumulator of this one.
+  which stores the tile before.
   """
 
   def load_next(tile: Tile, carry):
     step, last = carry
+    next_step = load_tile(refs, config, tile, step, lambda: store(last))
+    if refs.adds:  # Nothing, then, where there are no slices.
+      group = lax.select(next_step > step, tile.group, none)
+      tile = tile._replace(group=group)
+    return next_step, tile
 
-    def beside():
+  def store(tile: Tile):
+    @pl.when(tile.group != none)
+    def store_tile():
       @pl.loop(0, config.compute_wgs)
       def next_warpgroup(wg):
-        pl.when(last.group != none)(lambda: _store(refs, config, last, wg))
-        _load_accumulator(refs, config, tile, wg)
-
-    return load_tile(refs, config, tile, step, beside), tile
+        _store(refs, config, tile, wg)
 
   none = jnp.int32(-1)
   first = jnp.int32(0), Tile(none, none, none)
   step, last = for_each_tile(refs, config, load_next, first)
-
-  @pl.when(last.group != none)
-  def store_last():
-    @_pipeline.on_second_warp
-    def beside():
-      @pl.loop(0, config.compute_wgs)
-      def next_warpgroup(wg):
-        _store(refs, config, last, wg)
-
+  _pipeline.on_second_warp(lambda: store(last))
   return step
 
 
@@ -82,23 +78,27 @@ def compute_tiles(refs, config: Config, k_iters, accumulate):
     config: of the launch.
     k_iters: k_iters(refs, group) is its number of k slices.
     accumulate: accumulate(refs, config, tile, step) returns the warpgroup's
-      (64, tile_n) of out in float32, for a tile with k slices.
+      (64, tile_n) of out in float32, as slices of columns that out_smem's
+      divide, for a tile with k slices.
   """
 
   def compute_tile(tile: Tile, carry):
     step, count = carry
     iters = k_iters(refs, tile.group)
 
-    def stage(value):
-      _staging.stage(refs, count, lambda: _write(refs, value))
+    def stage(sums):
+      _staging.stage(refs, count, lambda: _write(refs, config, tile, sums))
 
     @pl.when(iters > 0)
     def compute():
       stage(accumulate(refs, config, tile, step))
 
+    if refs.adds:
+      return step + iters, count + (iters > 0).astype(jnp.int32)
+
     @pl.when(iters == 0)
     def empty():
-      stage(_pipeline.wgmma_zeros((WGMMA_M, config.tile_n)))
+      stage([_pipeline.wgmma_zeros((WGMMA_M, config.tile_n))])
 
     return step + iters, count + 1
 
@@ -114,34 +114,16 @@ def _slices(refs, config: Config, tile: Tile, wg):
   return rows, [tile.ni * config.tile_n + j * slice_n for j in range(slices)]
 
 
-def _load_accumulator(refs, config: Config, tile: Tile, wg):
-  """Loads it to where the tile will be staged, if there is one."""
-  if refs.accumulator_gmem is None:
-    return
-  rows, cols = _slices(refs, config, tile, wg)
-  for j, col in enumerate(cols):
-    plgpu.copy_gmem_to_smem(
-      refs.accumulator_gmem.at[
-        tile.group, rows, pl.ds(col, refs.out_smem.shape[3])
-      ],
-      refs.out_smem.at[wg, j],
-      refs.accumulator_full.at[wg],
-    )
-
-
-def _write(refs, value):
-  """Writes the tile to out_smem, on top of the accumulator if there is one."""
-  wg = lax.axis_index("wg")
-  slices, slice_n = refs.out_smem.shape[1], refs.out_smem.shape[3]
-  if refs.accumulator_gmem is not None:
-    plgpu.barrier_wait(refs.accumulator_full.at[wg])
-  for j in range(slices):
-    part = value[:, j * slice_n : (j + 1) * slice_n]
-    if refs.accumulator_gmem is not None:
-      part = part + plgpu.load(
-        refs.out_smem.at[wg, j], layout=plgpu.Layout.WGMMA
-      )
-    refs.out_smem[wg, j] = part.astype(refs.out_gmem.dtype)
+def _write(refs, config: Config, tile: Tile, sums):
+  """Writes the warpgroup's slices of columns to out_smem."""
+  if refs.adds and refs.interpret:  # Its stores cannot add.
+    rows, cols = _slices(refs, config, tile, lax.axis_index("wg"))
+    width = config.tile_n // len(sums)
+    sums = [
+      x + refs.out_gmem[tile.group, rows, pl.ds(cols[0] + j * width, width)]
+      for j, x in enumerate(sums)
+    ]
+  _epilogue.write(refs, sums)
 
 
 def _store(refs, config: Config, tile: Tile, wg):
@@ -151,7 +133,11 @@ def _store(refs, config: Config, tile: Tile, wg):
   def store_rows():
     for j, col in enumerate(cols):
       _epilogue.store_slice(
-        refs.out_smem.at[wg, j], refs.out_gmem.at[tile.group], rows, col
+        refs.out_smem.at[wg, j],
+        refs.out_gmem.at[tile.group],
+        rows,
+        col,
+        add=refs.adds and not refs.interpret,
       )
 
   _staging.store(refs, wg, store_rows)

@@ -144,7 +144,8 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
   """Returns the kernel as a function of its operands, one CTA per processor.
 
   The loading warpgroup runs `load(refs)`, which returns the number of slots it
-  filled; the two others run `compute(refs)`.
+  filled; the others run `compute(refs)`. With out_type=() the last operand is
+  what out starts as, and its memory is that of out if nobody needs it any more.
   """
 
   load_regs, compute_regs = _REGS[config.compute_wgs]
@@ -182,11 +183,18 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     **types,
   )
 
+  def run_in_place(*operands):
+    *inputs, out = operands
+    out = jax.new_ref(out)
+    kernel(*inputs, out)
+    return jax.freeze(out)
+
   def call(*operands):
     # Traced as if operands were the same on all devices of jax.shard_map:
     # warp_map refuses refs that say they are not (jax 0.11.2).
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-    [out] = jaxpr_as_fun(jax.make_jaxpr(kernel)(*shapes))(*operands)
+    run = kernel if types["out_type"] else run_in_place
+    [out] = jaxpr_as_fun(jax.make_jaxpr(run)(*shapes))(*operands)
     return out
 
   return call

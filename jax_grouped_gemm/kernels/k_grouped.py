@@ -6,12 +6,12 @@
 
 b runs over blocks of 128 tokens, each of one group. lhs (m, t), rhs (n, t) and
 out (g, m, n) are row-major. A group without blocks gives zeros, or its
-accumulator.
+accumulator. With one, TMA adds to it where it is: out is the same memory.
 
 Warpgroups of one CTA, over num_stages slots of SMEM:
   wg 0, …  _compute_tiles | wait full  | wgmma, promote | arrive empty | stage
   last wg  _load_tiles    | wait empty | TMA lhs, rhs, both scales -> full
-                          | wait staged | TMA to out, from the accumulator
+                          | wait staged | TMA to out, or added to it
 The CTAs of a cluster work on neighbouring columns of one row tile: each loads
 half of the lhs tile for both.
 """
@@ -43,6 +43,11 @@ from jax_grouped_gemm.kernels._k_tiles import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
 
 
+_MANY_WGS = 3  # whose threads have too few registers for sums twice.
+_SLICE_N = 32  # columns promoted at a time
+_EARLY_SLICES = 1  # whose scales are loaded before the products are awaited.
+
+
 class _Refs(NamedTuple):
   """Refs of the kernel: operands in GMEM, slots in SMEM, barriers."""
 
@@ -52,19 +57,18 @@ class _Refs(NamedTuple):
   rhs_scales_gmem: Ref  # (t/128, n) f32
   starts_gmem: Ref  # (g,) i32: first token block of the group
   ends_gmem: Ref  # (g,) i32: its last token block + 1
-  accumulator_gmem: Ref | None  # (g, m, n)
   out_gmem: Ref  # (g, m, n)
   lhs_smem: Ref  # (stages, tile_m, 128) f8
   rhs_smem: Ref  # (stages, tile_n, 128) f8
   lhs_scales_smem: Ref  # (stages, tile_m) f32
   rhs_scales_smem: Ref  # (stages, tile_n) f32
-  out_smem: Ref  # (wg, slices, 64, slice_n): accumulator, then out
+  out_smem: Ref  # (wg, slices, 64, slice_n): _epilogue.out_smem
   staged: Ref  # (compute_wgs,): see _staging
   stored: Ref  # (compute_wgs,)
   full: Ref  # (stages,) 4 arrivals: lhs, rhs, both scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   turn: Ref  # (compute_wgs,): see _main_loop.Turns
-  accumulator_full: Ref | None  # (wg,) one arrival per slice
+  adds: bool  # to what out_gmem holds
   interpret: bool
 
 
@@ -99,20 +103,37 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step, beside):
 
 
 def _accumulate_tile(refs: _Refs, config: Config, tile, step):
-  """Returns the warpgroup's (64, tile_n) sum over the group's blocks."""
+  """Returns the warpgroup's slices of columns of the sum over all blocks."""
+  sums = _two_steps if config.compute_wgs < _MANY_WGS else _one_step
+  init, *promotion = sums(refs, config)
+  load_scales, promote, settle = promotion
+  sums = _main_loop.accumulate(
+    refs,
+    config,
+    _k_iters(refs, tile.group),
+    step,
+    load_scales=load_scales,
+    promote=promote,
+    settle=settle,
+    init=init,
+  )
+  return sums[: config.tile_n // sums[0].shape[1]]
+
+
+def _two_steps(refs: _Refs, config: Config):
+  """Multiplies by the columns' scales, then beneath the next products by rows'.
+
+  The next products start after one multiplication, not after both.
+  """
   shape = (WGMMA_M, config.tile_n)
 
   def load_scales(slot, ki, rows):
     del ki  # The slot has both scales.
-    lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
-    rhs_scales = plgpu.load(
-      refs.rhs_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
-    )
-    return lhs_scales, rhs_scales
+    cols = pl.ds(0, config.tile_n)
+    return _row_scales(refs, slot, rows), _col_scales(refs, slot, cols)
 
   def promote(sums, products, scales):
     (acc, *_), (rows, cols) = sums, scales
-    # The next products start after this multiplication, not after both.
     return acc, products * lax.broadcast_in_dim(cols, shape, (1,)), rows
 
   def settle(sums):
@@ -123,17 +144,46 @@ def _accumulate_tile(refs: _Refs, config: Config, tile, step):
   no_rows = plgpu.layout_cast(
     jnp.zeros(WGMMA_M, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
   )
-  acc, *_ = _main_loop.accumulate(
-    refs,
-    config,
-    _k_iters(refs, tile.group),
-    step,
-    load_scales=load_scales,
-    promote=promote,
-    settle=settle,
-    init=(zeros, zeros, no_rows),
+  return (zeros, zeros, no_rows), load_scales, promote, settle
+
+
+def _one_step(refs: _Refs, config: Config):
+  """Multiplies by both scales at once: registers hold no scaled products.
+
+  Nor the scales of all columns, but of a slice of them at a time.
+  """
+  shape = (WGMMA_M, _SLICE_N)
+  slices = [pl.ds(col, _SLICE_N) for col in range(0, config.tile_n, _SLICE_N)]
+
+  def load_scales(slot, ki, rows):
+    del ki  # The slot has both scales.
+    early = [_col_scales(refs, slot, cols) for cols in slices[:_EARLY_SLICES]]
+    return _row_scales(refs, slot, rows), slot, early
+
+  def promote(sums, products, scales):
+    rows, slot, cols = scales
+    cols += [_col_scales(refs, slot, late) for late in slices[_EARLY_SLICES:]]
+    rows = lax.broadcast_in_dim(rows, shape, (0,))
+    return [
+      acc
+      + products[:, j * _SLICE_N :][:, :_SLICE_N]
+      * lax.broadcast_in_dim(cols[j], shape, (1,))
+      * rows
+      for j, acc in enumerate(sums)
+    ]
+
+  init = [_pipeline.wgmma_zeros(shape) for _ in slices]
+  return init, load_scales, promote, lambda sums: sums
+
+
+def _row_scales(refs: _Refs, slot, rows):
+  return _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
+
+
+def _col_scales(refs: _Refs, slot, cols):
+  return plgpu.load(
+    refs.rhs_scales_smem.at[slot, cols], layout=plgpu.Layout.WGMMA.reduce(0)
   )
-  return acc
 
 
 def _compute_tiles(refs: _Refs, config: Config):
@@ -173,15 +223,13 @@ def k_grouped_gemm(
   missing_n = -n % slice_n
 
   operands = [lhs, lhs_scales.T, rhs, rhs_scales.T, starts, ends]
-  with_accumulator = accumulator is not None
-  if with_accumulator:
-    operands.append(jnp.pad(accumulator, ((0, 0), (0, 0), (0, missing_n))))
-
-  def refs_type(*refs, **scratch):
-    *inputs, out = refs
-    inputs += [] if with_accumulator else [None]
-    scratch.setdefault("accumulator_full", None)
-    return _Refs(*inputs, out, **scratch)
+  adds = accumulator is not None
+  out_type = jax.ShapeDtypeStruct((groups, m, n + missing_n), out_dtype)
+  if adds:
+    # The interpreter adds whole tiles.
+    missing = (-m % tile_m, -n % tile_n) if interpret else (0, missing_n)
+    missing = [(0, size) for size in (0, *missing)]
+    operands.append(jnp.pad(accumulator, missing))
 
   scratch_types = dict(
     lhs_smem=plgpu.SMEM((stages, tile_m, SCALE_BLOCK), lhs.dtype),
@@ -194,18 +242,14 @@ def k_grouped_gemm(
     empty=_pipeline.empty_barriers(config),
     turn=_main_loop.turn_barriers(config),
   )
-  if with_accumulator:
-    scratch_types["accumulator_full"] = plgpu.Barrier(
-      num_arrivals=tile_n // slice_n, num_barriers=config.compute_wgs
-    )
   out = _pipeline.launch(
     functools.partial(_k_tiles.load_tiles, config=config, load_tile=_load_tile),
     functools.partial(_compute_tiles, config=config),
     name="k_grouped_gemm_sm90",
     config=config,
     interpret=interpret,
-    refs_type=refs_type,
-    out_type=jax.ShapeDtypeStruct((groups, m, n + missing_n), out_dtype),
+    refs_type=functools.partial(_Refs, adds=adds),
+    out_type=() if adds else out_type,
     scratch_types=scratch_types,
   )(*operands)
-  return out[:, :, :n]
+  return out[:, :m, :n]

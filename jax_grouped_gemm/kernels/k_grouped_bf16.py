@@ -56,7 +56,7 @@ class _Refs(NamedTuple):
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   masked: Ref  # one arrival per compute warpgroup: foreign rows are zero
   interpret: bool
-  accumulator_gmem: None = None
+  adds: bool = False
 
 
 def _first_row(refs: _Refs, group):
@@ -99,7 +99,7 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step, beside):
 
 
 def _accumulate_tile(refs: _Refs, config: Config, tile, step):
-  """Returns the warpgroup's (64, tile_n) of out, in float32; k_iters >= 1."""
+  """Returns the warpgroup's (64, tile_n) of out, float32; k_iters >= 1."""
   wg, group = lax.axis_index("wg"), tile.group
   k_iters = _k_iters(refs, group)
 
@@ -136,7 +136,7 @@ def _accumulate_tile(refs: _Refs, config: Config, tile, step):
 
     sums = acc[...]  # Waits for all.
     plgpu.barrier_arrive(refs.empty.at[slot_of(k_iters - 1)])
-    return sums
+    return [sums]
 
   return pl.run_scoped(accumulate, plgpu.ACC((WGMMA_M, config.tile_n)))
 
