@@ -192,6 +192,10 @@ def check_k_grouped_config(config, out_dtype):
     raise NotImplementedError(
       f"K-grouped clusters share lhs only, got multicast={config.multicast!r}"
     )
+  if config.compute_wgs > 2:
+    raise NotImplementedError(
+      f"K-grouped needs compute_wgs=2, got {config.compute_wgs}"
+    )
   _check_fits(config, out_dtype, None)
 
 

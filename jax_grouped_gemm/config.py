@@ -33,6 +33,9 @@ class Config:
       neighbouring rows, as far as those are of one group.
     raster_width: column tiles (of clusters) that are visited for one row tile
       before the next row tile; consecutive tiles share operands in L2.
+    dynamic: whether CTAs take the next tile when they are free: what neighbours
+      share is in L2 then, however much work differs from tile to tile. Costs a
+      few microseconds. Otherwise each has every n-th.
     num_sms: CTAs launched; None: as many as a Hopper GPU has processors, or as
       the environment variable JAX_GROUPED_GEMM_NUM_SMS says.
   """
@@ -44,6 +47,7 @@ class Config:
   cluster: int = 2
   multicast: str = "lhs"
   raster_width: int = 8
+  dynamic: bool = False
   num_sms: int | None = None
 
   def __post_init__(self):
@@ -54,6 +58,7 @@ class Config:
       cluster=(1, 2),
       multicast=("lhs", "rhs"),
       turns=(False, True),
+      dynamic=(False, True),
     )
     _check_least(self, num_stages=2, raster_width=1)
     if self.compute_wgs == 3 and self.tile_n > 128:
@@ -106,6 +111,7 @@ class SmallGroupsConfig:
   # What the walk over the groups and the launch want to know of any config.
   cluster: ClassVar[int] = 1
   multicast: ClassVar[str] = "lhs"
+  dynamic: ClassVar[bool] = False
   # Row tiles of one group come one after another: they share rhs in L2.
   raster_width: ClassVar[int] = 1
 

@@ -1,5 +1,6 @@
 """The kernels on a Hopper GPU, at real sizes: pytest -m gpu."""
 
+import dataclasses
 import functools
 
 import jax
@@ -71,6 +72,32 @@ def test_m_grouped_is_deterministic(multicast):
   for _ in range(20):
     again = np.asarray(run(lhs, rhs, jnp.array(sizes)))
     np.testing.assert_array_equal(first.view(np.uint16), again.view(np.uint16))
+
+
+@pytest.mark.parametrize("k", [16, 2048])
+@pytest.mark.parametrize(
+  "config",
+  [
+    Config(dynamic=True),
+    Config(dynamic=True, cluster=1),
+    Config(dynamic=True, multicast="rhs"),
+    Config(dynamic=True, compute_wgs=3, tile_n=128),
+    Config(dynamic=True, tile_n=64, num_sms=4),
+  ],
+)
+def test_m_grouped_dynamic(config, k):
+  """Whoever computes a tile, the result has the bits of every n-th tile."""
+  sizes, n = RNG.integers(0, 700, 40), 2304
+  lhs, rhs = operands(int(sizes.sum()) + 9, n, k, len(sizes))
+  static = dataclasses.replace(config, dynamic=False)
+  expected = gemm(m_grouped_gemm, config=static)(lhs, rhs, jnp.asarray(sizes))
+  oracle.check_m_grouped(expected, lhs, rhs, sizes, row_error=ROW_ERROR[BF16])
+  expected = np.asarray(expected).view(np.uint16)
+  run = gemm(m_grouped_gemm, config=config)
+  for _ in range(5):
+    poison((lhs.shape[0], n), BF16)
+    out = np.asarray(run(lhs, rhs, jnp.asarray(sizes)))
+    np.testing.assert_array_equal(out.view(np.uint16), expected)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])

@@ -148,14 +148,15 @@ CONFIGS = [
   (Config(tile_n=256, num_stages=3), BF16),
   (Config(tile_n=256, cluster=1, num_stages=3), F16),
 ]
-SHARED_RHS = [
+M_GROUPED_CONFIGS = [
   (Config(tile_n=256, num_stages=3, multicast="rhs"), BF16),
   (Config(tile_n=128, compute_wgs=3, num_stages=4, multicast="rhs"), BF16),
+  (Config(tile_n=256, num_stages=3, dynamic=True), BF16),
 ]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("config, out_dtype", CONFIGS + SHARED_RHS)
+@pytest.mark.parametrize("config, out_dtype", CONFIGS + M_GROUPED_CONFIGS)
 def test_m_grouped_configs(config, out_dtype, transposed):
   """Each tile, with columns in vain; every slice of columns of it."""
   k, n, sizes = 448, 1088, (300, 0, 77, 513)

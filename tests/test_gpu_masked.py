@@ -27,6 +27,7 @@ RNG = np.random.default_rng(0)
 CONFIGS = {
   "m_grouped": Config(),
   "m_grouped_rhs": Config(multicast="rhs"),
+  "m_grouped_dynamic": Config(dynamic=True),
   "small_groups": SmallGroupsConfig(tile_m=32),
   "chosen": None,
 }

@@ -9,8 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from jax_grouped_gemm.config import WGMMA_M, Config
+from jax_grouped_gemm.kernels._groups import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
-from jax_grouped_gemm.kernels._walk import Tile
 
 SWIZZLE_BYTES = 128  # the widest row of a swizzled SMEM buffer.
 

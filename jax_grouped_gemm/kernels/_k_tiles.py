@@ -9,101 +9,101 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_grouped_gemm.config import WGMMA_M, Config
-from jax_grouped_gemm.kernels import _epilogue, _pipeline, _staging
+from jax_grouped_gemm.kernels import _epilogue, _pipeline, _queue, _staging
 
 
 class Tile(NamedTuple):
   """What one CTA computes at a time."""
 
-  group: jax.Array
+  group: jax.Array  # END: no tile, the end
   mi: jax.Array
   ni: jax.Array
+  k_iters: jax.Array  # slices of the group
 
 
-def for_each_tile(refs, config: Config, fn, carry):
-  """Runs `carry = fn(tile, carry)` on this CTA's share of the tiles."""
+def load_tiles(refs, config: Config, k_iters, load_tile):
+  """Announces this CTA's tiles, loads and stores them.
+
+  Args:
+    refs: of the kernel.
+    config: of the launch.
+    k_iters: k_iters(refs, group) is its number of k slices.
+    load_tile: load_tile(refs, config, tile, step, beside) returns the step
+      after the tile; steps count slices and so tell the slot of SMEM. Meanwhile
+      a second warp runs beside(), which stores the tile before.
+
+  Returns:
+    The slots that were filled.
+  """
   groups, m, n = refs.out_gmem.shape
   plane = (
     pl.cdiv(m, config.tile_m),
     pl.cdiv(n, config.tile_n * config.cluster),
   )
 
-  @plgpu.nd_loop(
-    (groups, plane[0] * plane[1]), collective_axes="sm", init_carry=carry
-  )
-  def last_carry(info, carry):
-    group, index = info.index
+  def find_tile(index, walk):
+    group = lax.div(index, plane[0] * plane[1])
+    is_tile = group < groups
+    index = lax.rem(index, plane[0] * plane[1])
     mi, ni = plgpu.planar_snake(index, plane, 1, config.raster_width)
     ni = ni * config.cluster + lax.axis_index("cta")
-    return fn(Tile(group, mi, ni), carry)
+    iters = k_iters(refs, jnp.minimum(group, groups - 1))
+    tile = Tile(group, mi, ni, lax.select(is_tile, iters, 0))
+    return walk, tile, is_tile, ()
 
-  return last_carry
-
-
-def load_tiles(refs, config: Config, load_tile):
-  """Loads and stores this CTA's tiles. Returns the slots that were filled.
-
-  By `step = load_tile(refs, config, tile, step, beside)`, where `step` counts k
-  slices and so tells the slot of SMEM. Meanwhile a second warp runs beside(),
-  which stores the tile before.
-  """
-
-  def load_next(tile: Tile, carry):
-    step, last = carry
-    next_step = load_tile(refs, config, tile, step, lambda: store(last))
-    if refs.adds:  # Nothing, then, where there are no slices.
-      group = lax.select(next_step > step, tile.group, none)
-      tile = tile._replace(group=group)
-    return next_step, tile
+  def load_next(i, tile: Tile, _, step, last: Tile):
+    del i
+    return load_tile(refs, config, tile, step, lambda: store(last))
 
   def store(tile: Tile):
-    @pl.when(tile.group != none)
+    has_sums = tile.group != _queue.END
+    if refs.adds:
+      has_sums &= tile.k_iters > 0
+
+    @pl.when(has_sums)
     def store_tile():
       @pl.loop(0, config.compute_wgs)
       def next_warpgroup(wg):
         _store(refs, config, tile, wg)
 
-  none = jnp.int32(-1)
-  first = jnp.int32(0), Tile(none, none, none)
-  step, last = for_each_tile(refs, config, load_next, first)
-  _pipeline.on_second_warp(lambda: store(last))
+  zero = jnp.int32(0)
+  none = Tile(jnp.int32(_queue.END), zero, zero, zero)
+  # The last tile is stored beside the end, of which nothing is loaded.
+  _, step = _queue.load_tiles(refs, find_tile, load_next, (), none)
   return step
 
 
-def compute_tiles(refs, config: Config, k_iters, accumulate):
-  """Computes and stages all tiles.
+def compute_tiles(refs, config: Config, accumulate):
+  """Computes and stages the announced tiles.
 
-  Args:
-    refs: of the kernel.
-    config: of the launch.
-    k_iters: k_iters(refs, group) is its number of k slices.
-    accumulate: accumulate(refs, config, tile, step) returns the warpgroup's
-      (64, tile_n) of out in float32, as slices of columns that out_smem's
-      divide, for a tile with k slices.
+  accumulate(refs, config, tile, step) returns the warpgroup's (64, tile_n) of
+  out in float32, as slices of columns that out_smem's divide, for a tile with k
+  slices.
   """
 
-  def compute_tile(tile: Tile, carry):
+  def compute_tile(i, tile: Tile, carry):
+    del i
     step, count = carry
-    iters = k_iters(refs, tile.group)
 
     def stage(sums):
       _staging.stage(refs, count, lambda: _write(refs, config, tile, sums))
 
-    @pl.when(iters > 0)
+    @pl.when(tile.k_iters > 0)
     def compute():
       stage(accumulate(refs, config, tile, step))
 
-    if refs.adds:
-      return step + iters, count + (iters > 0).astype(jnp.int32)
+    step += tile.k_iters
+    if refs.adds:  # Nothing, then, where there are no slices.
+      return step, count + (tile.k_iters > 0).astype(jnp.int32)
 
-    @pl.when(iters == 0)
+    @pl.when(tile.k_iters == 0)
     def empty():
       stage([_pipeline.wgmma_zeros((WGMMA_M, config.tile_n))])
 
-    return step + iters, count + 1
+    return step, count + 1
 
   start = jnp.int32(0), jnp.int32(0)
-  _, count = for_each_tile(refs, config, compute_tile, start)
+  _, count = _queue.for_each_tile(refs, Tile, compute_tile, start)
   _staging.wait_stored(refs, count)
 
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxpr_as_fun
 
 from jax_grouped_gemm.config import WGMMA_M, Config
-from jax_grouped_gemm.kernels import _order
+from jax_grouped_gemm.kernels import _claims, _order
 
 # Registers of a thread that loads and of one that multiplies, by compute_wgs.
 # An SM has 65536: 512 for the threads of one index in their warpgroups.
@@ -150,7 +150,12 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
 
   load_regs, compute_regs = _REGS[config.compute_wgs]
 
+  num_clusters = (config.num_sms or num_sms()) // config.cluster
+
   def kernel(*operands_and_out, **scratch):
+    if config.dynamic:
+      *operands, scratch["claims_gmem"], out = operands_and_out
+      operands_and_out = *operands, out
     refs = refs_type(*operands_and_out, **scratch, interpret=interpret)
     wg = lax.axis_index("wg")
 
@@ -167,7 +172,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
 
   kernel = plgpu.kernel(
     kernel,
-    grid=((config.num_sms or num_sms()) // config.cluster,),
+    grid=(num_clusters,),
     grid_names=("sm",),
     cluster=(config.cluster,),
     cluster_names=("cta",),
@@ -183,17 +188,20 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     **types,
   )
 
-  def run_in_place(*operands):
-    *inputs, out = operands
-    out = jax.new_ref(out)
-    kernel(*inputs, out)
-    return jax.freeze(out)
+  def run(*operands):
+    out = []
+    if not types["out_type"]:
+      *operands, out = operands
+      out = [jax.new_ref(out)]
+    if config.dynamic:
+      operands = *operands, jax.new_ref(_claims.counter(num_clusters))
+    result = kernel(*operands, *out)
+    return jax.freeze(*out) if out else result
 
   def call(*operands):
     # Traced as if operands were the same on all devices of jax.shard_map:
     # warp_map refuses refs that say they are not (jax 0.11.2).
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-    run = kernel if types["out_type"] else run_in_place
     [out] = jaxpr_as_fun(jax.make_jaxpr(run)(*shapes))(*operands)
     return out
 

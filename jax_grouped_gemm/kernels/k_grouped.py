@@ -37,15 +37,11 @@ from jax_grouped_gemm.kernels import (
   _k_tiles,
   _main_loop,
   _pipeline,
+  _queue,
   _staging,
 )
 from jax_grouped_gemm.kernels._k_tiles import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
-
-
-_MANY_WGS = 3  # whose threads have too few registers for sums twice.
-_SLICE_N = 32  # columns promoted at a time
-_EARLY_SLICES = 1  # whose scales are loaded before the products are awaited.
 
 
 class _Refs(NamedTuple):
@@ -68,8 +64,13 @@ class _Refs(NamedTuple):
   full: Ref  # (stages,) 4 arrivals: lhs, rhs, both scales
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   turn: Ref  # (compute_wgs,): see _main_loop.Turns
+  tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
+  tiles_full: Ref  # (TILE_SLOTS,) one arrival
+  tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
+  claims_smem: Ref  # (5,) i32: see _claims
   adds: bool  # to what out_gmem holds
   interpret: bool
+  claims_gmem: Ref | None = None  # i32: if config.dynamic
 
 
 def _k_iters(refs: _Refs, group):
@@ -96,44 +97,26 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step, beside):
     rhs_scales = refs.rhs_scales_gmem.at[block, cols]
     copy(rhs_scales, refs.rhs_scales_smem.at[slot], full)
 
-  k_iters = _k_iters(refs, tile.group)
   return _pipeline.load_slices(
-    refs, config.num_stages, k_iters, step, load_slice, beside
+    refs, config.num_stages, tile.k_iters, step, load_slice, beside
   )
 
 
-def _accumulate_tile(refs: _Refs, config: Config, tile, step):
-  """Returns the warpgroup's slices of columns of the sum over all blocks."""
-  sums = _two_steps if config.compute_wgs < _MANY_WGS else _one_step
-  init, *promotion = sums(refs, config)
-  load_scales, promote, settle = promotion
-  sums = _main_loop.accumulate(
-    refs,
-    config,
-    _k_iters(refs, tile.group),
-    step,
-    load_scales=load_scales,
-    promote=promote,
-    settle=settle,
-    init=init,
-  )
-  return sums[: config.tile_n // sums[0].shape[1]]
-
-
-def _two_steps(refs: _Refs, config: Config):
-  """Multiplies by the columns' scales, then beneath the next products by rows'.
-
-  The next products start after one multiplication, not after both.
-  """
+def _accumulate_tile(refs: _Refs, config: Config, tile: Tile, step):
+  """Returns the warpgroup's (64, tile_n) sum over the group's blocks."""
   shape = (WGMMA_M, config.tile_n)
 
   def load_scales(slot, ki, rows):
     del ki  # The slot has both scales.
-    cols = pl.ds(0, config.tile_n)
-    return _row_scales(refs, slot, rows), _col_scales(refs, slot, cols)
+    lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
+    rhs_scales = plgpu.load(
+      refs.rhs_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
+    )
+    return lhs_scales, rhs_scales
 
   def promote(sums, products, scales):
     (acc, *_), (rows, cols) = sums, scales
+    # The next products start after this multiplication, not after both.
     return acc, products * lax.broadcast_in_dim(cols, shape, (1,)), rows
 
   def settle(sums):
@@ -144,52 +127,23 @@ def _two_steps(refs: _Refs, config: Config):
   no_rows = plgpu.layout_cast(
     jnp.zeros(WGMMA_M, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
   )
-  return (zeros, zeros, no_rows), load_scales, promote, settle
-
-
-def _one_step(refs: _Refs, config: Config):
-  """Multiplies by both scales at once: registers hold no scaled products.
-
-  Nor the scales of all columns, but of a slice of them at a time.
-  """
-  shape = (WGMMA_M, _SLICE_N)
-  slices = [pl.ds(col, _SLICE_N) for col in range(0, config.tile_n, _SLICE_N)]
-
-  def load_scales(slot, ki, rows):
-    del ki  # The slot has both scales.
-    early = [_col_scales(refs, slot, cols) for cols in slices[:_EARLY_SLICES]]
-    return _row_scales(refs, slot, rows), slot, early
-
-  def promote(sums, products, scales):
-    rows, slot, cols = scales
-    cols += [_col_scales(refs, slot, late) for late in slices[_EARLY_SLICES:]]
-    rows = lax.broadcast_in_dim(rows, shape, (0,))
-    return [
-      acc
-      + products[:, j * _SLICE_N :][:, :_SLICE_N]
-      * lax.broadcast_in_dim(cols[j], shape, (1,))
-      * rows
-      for j, acc in enumerate(sums)
-    ]
-
-  init = [_pipeline.wgmma_zeros(shape) for _ in slices]
-  return init, load_scales, promote, lambda sums: sums
-
-
-def _row_scales(refs: _Refs, slot, rows):
-  return _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
-
-
-def _col_scales(refs: _Refs, slot, cols):
-  return plgpu.load(
-    refs.rhs_scales_smem.at[slot, cols], layout=plgpu.Layout.WGMMA.reduce(0)
+  acc, *_ = _main_loop.accumulate(
+    refs,
+    config,
+    tile.k_iters,
+    step,
+    load_scales=load_scales,
+    promote=promote,
+    settle=settle,
+    init=(zeros, zeros, no_rows),
   )
+  return [acc]
 
 
 def _compute_tiles(refs: _Refs, config: Config):
   turns = _main_loop.Turns(refs.turn, config)
   turns.start_kernel()
-  _k_tiles.compute_tiles(refs, config, _k_iters, _accumulate_tile)
+  _k_tiles.compute_tiles(refs, config, _accumulate_tile)
   turns.end_kernel()
 
 
@@ -241,9 +195,15 @@ def k_grouped_gemm(
     full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
     empty=_pipeline.empty_barriers(config),
     turn=_main_loop.turn_barriers(config),
+    **_queue.scratch_types(config, Tile),
   )
   out = _pipeline.launch(
-    functools.partial(_k_tiles.load_tiles, config=config, load_tile=_load_tile),
+    functools.partial(
+      _k_tiles.load_tiles,
+      config=config,
+      k_iters=_k_iters,
+      load_tile=_load_tile,
+    ),
     functools.partial(_compute_tiles, config=config),
     name="k_grouped_gemm_sm90",
     config=config,

@@ -31,6 +31,7 @@ from jax_grouped_gemm.kernels import (
   _epilogue,
   _k_tiles,
   _pipeline,
+  _queue,
   _staging,
 )
 from jax_grouped_gemm.kernels._k_tiles import Tile
@@ -55,8 +56,13 @@ class _Refs(NamedTuple):
   full: Ref  # (stages,) one arrival for rhs, one per compute warpgroup for lhs
   empty: Ref  # (stages,) one arrival per compute warpgroup of the cluster
   masked: Ref  # one arrival per compute warpgroup: foreign rows are zero
+  tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
+  tiles_full: Ref  # (TILE_SLOTS,) one arrival
+  tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
+  claims_smem: Ref  # (5,) i32: see _claims
   interpret: bool
   adds: bool = False
+  claims_gmem: Ref | None = None  # i32: if config.dynamic
 
 
 def _first_row(refs: _Refs, group):
@@ -89,9 +95,8 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step, beside):
       lhs = refs.lhs_gmem.at[rows, features]
       copy(lhs, refs.lhs_smem.at[slot, wg], full, collective_axes=shared)
 
-  k_iters = _k_iters(refs, tile.group)
   return _pipeline.load_slices(
-    refs, config.num_stages, k_iters, step, load_slice, beside
+    refs, config.num_stages, tile.k_iters, step, load_slice, beside
   )
 
 
@@ -100,8 +105,8 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step, beside):
 
 def _accumulate_tile(refs: _Refs, config: Config, tile, step):
   """Returns the warpgroup's (64, tile_n) of out, float32; k_iters >= 1."""
-  wg, group = lax.axis_index("wg"), tile.group
-  k_iters = _k_iters(refs, group)
+  wg = lax.axis_index("wg")
+  group, k_iters = tile.group, tile.k_iters
 
   def slot_of(ki):
     return lax.rem(step + ki, config.num_stages)
@@ -194,11 +199,15 @@ def k_grouped_bf16(
   slice_n = _epilogue.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
 
   out = _pipeline.launch(
-    functools.partial(_k_tiles.load_tiles, config=config, load_tile=_load_tile),
+    functools.partial(
+      _k_tiles.load_tiles,
+      config=config,
+      k_iters=_k_iters,
+      load_tile=_load_tile,
+    ),
     functools.partial(
       _k_tiles.compute_tiles,
       config=config,
-      k_iters=_k_iters,
       accumulate=_accumulate_tile,
     ),
     name="k_grouped_bf16_sm90",
@@ -220,6 +229,7 @@ def k_grouped_bf16(
       ),
       empty=_pipeline.empty_barriers(config),
       masked=plgpu.Barrier(num_arrivals=config.compute_wgs),
+      **_queue.scratch_types(config, Tile),
     ),
   )(lhs, rhs, starts, ends)
   return out[:, :, :n]

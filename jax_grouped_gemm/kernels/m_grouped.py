@@ -36,13 +36,14 @@ from jax_grouped_gemm.kernels import (
   _epilogue,
   _main_loop,
   _pipeline,
+  _queue,
   _rhs_scales,
   _staging,
   _walk,
 )
+from jax_grouped_gemm.kernels._groups import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
 from jax_grouped_gemm.kernels._rhs_scales import SLICE_N
-from jax_grouped_gemm.kernels._walk import Tile
 from jax_grouped_gemm.schedule import Masked
 
 
@@ -70,7 +71,9 @@ class _Refs(NamedTuple):
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
+  claims_smem: Ref  # (5,) i32: see _claims
   interpret: bool
+  claims_gmem: Ref | None = None  # i32: if config.dynamic
 
 
 # ---------------------------------------------------------------- load
@@ -143,7 +146,7 @@ def _compute_tiles(refs: _Refs, config: Config):
   turns = _main_loop.Turns(refs.turn, config)
   turns.start_kernel()
   start = jnp.int32(0), jnp.int32(0)
-  _, count = _walk.for_each_tile(refs, compute_tile, start)
+  _, count = _queue.for_each_tile(refs, Tile, compute_tile, start)
   turns.end_kernel()
   zeros = _pipeline.wgmma_zeros((WGMMA_M, SLICE_N))
   zeros = [zeros] * (config.tile_n // SLICE_N)
@@ -156,7 +159,7 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step):
   columns = [slice(c, c + SLICE_N) for c in range(0, config.tile_n, SLICE_N)]
 
   _rhs_scales.wait(refs, i)
-  ni = _walk.read_tile(refs, i).ni
+  ni = _queue.read_tile(refs, Tile, i).ni
 
   def load_scales(slot, ki, rows):
     lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
@@ -231,7 +234,7 @@ def m_grouped_gemm(
       turn=_main_loop.turn_barriers(config),
       **_staging.scratch_types(config.compute_wgs),
       **_rhs_scales.scratch_types(rhs_scales.shape, config),
-      **_walk.queue_types(config),
+      **_queue.scratch_types(config, Tile),
     ),
   )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))
   return out[:, :n]

@@ -29,11 +29,12 @@ from jax_grouped_gemm.config import ROW_ALIGN, WGMMA_M, Config
 from jax_grouped_gemm.kernels import (
   _epilogue,
   _pipeline,
+  _queue,
   _staging,
   _walk,
 )
+from jax_grouped_gemm.kernels._groups import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
-from jax_grouped_gemm.kernels._walk import Tile
 
 SLICE_K = 64  # elements of k in a slot, in the 128 bytes of a swizzled row.
 
@@ -56,7 +57,9 @@ class _Refs(NamedTuple):
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
+  claims_smem: Ref  # (5,) i32: see _claims
   interpret: bool
+  claims_gmem: Ref | None = None  # i32: if config.dynamic
 
 
 def _k_iters(refs: _Refs) -> int:
@@ -132,7 +135,7 @@ def _compute_tiles(refs: _Refs, config: Config, transposed: bool):
     return step + _k_iters(refs), count + has_rows.astype(jnp.int32)
 
   start = jnp.int32(0), jnp.int32(0)
-  _, count = _walk.for_each_tile(refs, compute_tile, start)
+  _, count = _queue.for_each_tile(refs, Tile, compute_tile, start)
   zeros = [_pipeline.wgmma_zeros((WGMMA_M, config.tile_n))]
   _staging.stage(refs, count, lambda: _epilogue.write(refs, zeros))
 
@@ -212,7 +215,7 @@ def m_grouped_bf16(
       full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       empty=_pipeline.empty_barriers(config),
       **_staging.scratch_types(config.compute_wgs),
-      **_walk.queue_types(config),
+      **_queue.scratch_types(config, Tile),
     ),
   )(lhs, rhs, group_sizes, group_offset.reshape(1))
   return out[:, :n]

@@ -42,12 +42,13 @@ from jax_grouped_gemm.config import (
 from jax_grouped_gemm.kernels import (
   _epilogue,
   _pipeline,
+  _queue,
   _rhs_scales,
   _staging,
   _walk,
 )
+from jax_grouped_gemm.kernels._groups import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
-from jax_grouped_gemm.kernels._walk import Tile
 from jax_grouped_gemm.schedule import Masked
 
 
@@ -74,7 +75,9 @@ class _Refs(NamedTuple):
   tiles_smem: Ref  # (TILE_SLOTS, fields) i32: tiles on their way to compute
   tiles_full: Ref  # (TILE_SLOTS,) one arrival
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
+  claims_smem: Ref  # (5,) i32: see _claims
   interpret: bool
+  claims_gmem: Ref | None = None  # i32: if config.dynamic
 
 
 def _k_iters(refs: _Refs) -> int:
@@ -138,7 +141,7 @@ def _compute_tiles(refs: _Refs, config: SmallGroupsConfig):
     _staging.stage(refs, i, lambda: _write(refs, acc))
     return step + _k_iters(refs)
 
-  steps = _walk.for_each_tile(refs, compute_tile, jnp.int32(0))
+  steps = _queue.for_each_tile(refs, Tile, compute_tile, jnp.int32(0))
   zeros = _pipeline.wgmma_zeros((WGMMA_M, config.tile_m))
   _staging.stage(refs, steps, lambda: _write(refs, zeros))
 
@@ -147,7 +150,7 @@ def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
   """Returns the warpgroup's (64, tile_m) of out.T, in float32."""
   shape = (WGMMA_M, config.tile_m)
   _rhs_scales.wait(refs, i)
-  ni = _walk.read_tile(refs, i).ni
+  ni = _queue.read_tile(refs, Tile, i).ni
 
   def add_slice(ki, acc):
     slot = lax.rem(step + ki, config.num_stages)
@@ -247,7 +250,7 @@ def small_groups_gemm(
       empty=_pipeline.empty_barriers(config),
       **_staging.scratch_types(config.compute_wgs),
       **_rhs_scales.scratch_types(rhs_scales.shape, config),
-      **_walk.queue_types(config),
+      **_queue.scratch_types(config, Tile),
     ),
   )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))
   return out[:, :n]
