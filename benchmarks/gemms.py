@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import masked, oracle, train_step
-from benchmarks.operands import Unsupported, check_dense
+from benchmarks.operands import (
+  Unsupported,
+  check_dense,
+  random_rows,
+  random_weights,
+)
 from benchmarks.shapes import Problem
 from benchmarks.timing import Program, measure_us
 from jax_grouped_gemm import (
@@ -19,7 +24,7 @@ from jax_grouped_gemm import (
   quantize_for_k_grouped,
   ragged_dot,
 )
-from jax_grouped_gemm.config import SCALE_BLOCK
+from jax_grouped_gemm.config import ROW_ALIGN, SCALE_BLOCK
 from jax_grouped_gemm.kernels import tuning
 
 # Largest |row of out - row of the reference| / |row of the reference|. bf16
@@ -44,7 +49,17 @@ class MGrouped:
   def __init__(self, p: Problem, operands):
     self.p, (self.lhs, self.rhs, self.sizes) = p, operands
 
-  operands = staticmethod(masked.Decode.operands)
+  @staticmethod
+  def operands(p: Problem):
+    """Returns lhs, rhs and sizes, as masked.Decode but for up to 7 more rows.
+
+    Whoever has many rows has a buffer of whole 8: others cost a copy of the
+    scales.
+    """
+    rows = sum(p.sizes)
+    lhs = random_rows(rows + -rows % ROW_ALIGN, p.k)
+    return lhs, random_weights(p), jnp.asarray(p.sizes, jnp.int32)
+
   max_row_error = masked.Decode.max_row_error
 
   def calls(self):

@@ -22,14 +22,22 @@ _OUT_DTYPE = jnp.bfloat16
 _CANDIDATES = (
   *(
     {"compute_wgs": 3, "tile_n": 128, "cluster": cluster, "raster_width": width}
-    for cluster in (1, 2)
-    for width in (4, 8, 16)
+    for cluster, width in ((1, 4), (2, 4), (2, 8), (2, 16))
   ),
-  {"compute_wgs": 2, "tile_n": 192},
+  *(
+    {"compute_wgs": 3, "tile_n": 128, "raster_width": width, "dynamic": True}
+    for width in (2, 4, 8)
+  ),
+  *(
+    {"compute_wgs": 2, "tile_n": 192, "cluster": cluster, "dynamic": dynamic}
+    for cluster in (1, 2)
+    for dynamic in (False, True)
+  ),
   {"compute_wgs": 2, "tile_n": 192, "turns": True},
-  {"compute_wgs": 2, "tile_n": 192, "cluster": 1},
   {"compute_wgs": 2, "tile_n": 192, "multicast": "rhs", "turns": True},
+  {"compute_wgs": 2, "tile_n": 192, "multicast": "rhs", "dynamic": True},
   {"compute_wgs": 2, "tile_n": 128},
+  {"compute_wgs": 2, "tile_n": 128, "dynamic": True},
   {"compute_wgs": 2, "tile_n": 64},
 )
 

@@ -1,5 +1,6 @@
 """Every config compiles for Hopper, without a GPU, and spills no register."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,9 +26,10 @@ TURNS = Config(tile_n=128, compute_wgs=3, turns=True), Config(turns=True)
 TABLE = tuning.read_table(tuning.TABLE)
 M_GROUPED = (
   {
-    (config, dtype)
+    (dataclasses.replace(config, dynamic=dynamic), dtype)
     for dtype in DTYPES
     for config in tuning.m_grouped_candidates(2880, dtype)
+    for dynamic in (False, True)
   }
   | {
     (entry.config, jnp.dtype(entry.out_dtype).type)
@@ -45,7 +47,9 @@ SMALL_GROUPS = {
 }
 # With the least n it is chosen for.
 K_GROUPED = {
-  tuning.k_grouped_config(256, n, 1024, 4): n for n in reversed(WIDTHS)
+  tuning.k_grouped_config(256, n, 1024, g): n
+  for n in reversed(WIDTHS)
+  for g in (4, 16)
 }
 
 

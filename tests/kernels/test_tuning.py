@@ -79,9 +79,15 @@ def test_the_heuristics_choice_fits(n, k, dtype):
 
 def test_the_heuristic_weighs_columns_in_vain():
   assert config(m=2**15, n=64, k=4096).tile_n == 64
-  # 15 tiles of 192 or 23 of 128, but 16 or 24 in clusters that share lhs.
-  chosen = config(m=2**17, n=2880, k=2880)
-  assert chosen.cluster == 1 or chosen.multicast == "rhs"
+  # One tile of 192, or two of 128 in a cluster that shares lhs.
+  assert config(m=2**17, n=192, k=2880).tile_n == 192
+
+
+def test_many_groups_claim_their_tiles():
+  assert config(m=2**15, n=6144, k=7168, g=64).dynamic
+  assert not config(m=2**15, n=6144, k=7168, g=4).dynamic
+  for g, dynamic in ((4, False), (16, True)):
+    assert tuning.k_grouped_config(4096, 7168, 2**15, g).dynamic == dynamic
 
 
 def test_the_heuristic_weighs_rows_in_vain():
