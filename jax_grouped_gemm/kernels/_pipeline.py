@@ -1,5 +1,6 @@
 """What the GEMM kernels share: slots between load and compute; the launch."""
 
+import functools
 import os
 from typing import Any
 
@@ -22,25 +23,35 @@ _LEAST_SMS = 2  # of a cluster.
 Ref = Any  # Pallas refs have no public type that supports `.at`.
 
 
-def load_slices(refs, num_stages: int, k_iters, step, load_slice, beside):
+def load_slices(
+  refs, num_stages: int, k_iters, step, load_slice, beside, burst: int = 1
+):
   """Calls load_slice(ki, slot) for each k slice once its slot is empty.
 
   `step` counts the slices of all tiles and so tells the slot. Returns the step
-  after the tile. Meanwhile a second warp runs beside().
+  after the tile. Meanwhile a second warp runs beside(). Slices are loaded in
+  bursts, each once all of its slots are empty: they are neighbours in memory.
   """
 
-  def load_next(ki, _):
-    slot = lax.rem(step + ki, num_stages)
+  def load_next(i, _):
+    slices = [i * burst + j for j in range(burst)]
+    slots = [lax.rem(step + ki, num_stages) for ki in slices]
+    exist = [ki < k_iters for ki in slices]
+    for ki, slot, exists in zip(slices, slots, exist, strict=True):
+      used = (step + ki >= num_stages) & exists
 
-    @pl.when(step + ki >= num_stages)
-    def wait_empty():
-      plgpu.barrier_wait(refs.empty.at[slot])
-      _order.fence_copies(refs.interpret)
+      @pl.when(used)
+      def wait_empty(slot=slot):
+        plgpu.barrier_wait(refs.empty.at[slot])
+        _order.fence_copies(refs.interpret)
 
-    load_slice(ki, slot)
+    for ki, slot, exists in zip(slices, slots, exist, strict=True):
+      load = functools.partial(load_slice, ki, slot)
+      pl.when(exists)(load) if burst > 1 else load()
     return 0
 
-  on_warps(lambda: lax.fori_loop(0, k_iters, load_next, 0), beside)
+  bursts = pl.cdiv(k_iters, burst)
+  on_warps(lambda: lax.fori_loop(0, bursts, load_next, 0), beside)
   return step + k_iters
 
 

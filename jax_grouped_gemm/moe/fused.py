@@ -4,6 +4,10 @@ What makes lhs of its operand, an activation or a gather of rows, is its
 prologue. Only the quantised rows of lhs are written in the forward pass; the
 backward pass makes lhs once more, for the gradient of rhs. Without fusion, a
 prologue is applied, and ragged_dot multiplies what it gives.
+
+That is what a forward pass does which a backward one follows, unless it is told
+to fuse: to quantise lhs for both products at a time reads it once, and fusion
+saves fewer bytes than reading once more costs.
 """
 
 import dataclasses
@@ -40,10 +44,6 @@ from jax_grouped_gemm.quantized_weights import (
 from jax_grouped_gemm.ragged_dot import ragged_dot
 from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
-
-# Whether to fuse without being asked for that or for the kernels. It has not
-# run on a GPU: measure it, then leave this out.
-_FUSE_BY_DEFAULT = False
 
 
 class Prologue(Protocol):
@@ -108,11 +108,13 @@ class Product:
       only its power_of_two_scales counts.
     implementation: as in ragged_dot.
     fuse: whether the prologue is part of the quantisation.
+    fuse_always: whether it is in a forward pass with a backward pass, too.
   """
 
   recipe: Recipe
   implementation: str | None
   fuse: bool
+  fuse_always: bool
 
   def __call__(
     self,
@@ -159,7 +161,8 @@ class Product:
           ),
         )
       )
-    return _fused_dot(call, x, index, rhs, quantized, group_sizes)
+    dot = _fused_dot if self.fuse_always else _fused_forward
+    return dot(call, x, index, rhs, quantized, group_sizes)
 
 
 def choose_fusion(
@@ -175,8 +178,7 @@ def choose_fusion(
     raise ValueError(f"fuse must be None, True or False, got {fuse!r}")
   implementations.check(implementation)
   check_recipe(recipe)
-  by_default = fuse is None and implementation is None
-  if fuse is False or (by_default and not _FUSE_BY_DEFAULT):
+  if fuse is False:
     return False
   unsupported = None
   if not is_scaled and recipe.forward != "fp8":
@@ -267,6 +269,38 @@ def _gradients(call: _Call, x, index, rhs, dgrad: ScaledArray, sizes, dout):
 
 
 _fused_dot.defvjp(_fused_dot_fwd, _fused_dot_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_forward(call: _Call, x, index, rhs, weights, group_sizes):
+  """As _fused_dot, but not fused where it is differentiated."""
+  return _multiply(call, x, index, weights.forward, group_sizes)
+
+
+def _fused_forward_fwd(call: _Call, x, index, rhs, weights, group_sizes):
+  product = call.product
+
+  def unfused(x, rhs):
+    lhs = call.prologue.apply(x, index, "xla")
+    return ragged_dot(
+      lhs,
+      rhs,
+      group_sizes,
+      preferred_element_type=lhs.dtype,
+      recipe=product.recipe,
+      quantized_rhs=weights,
+      implementation=product.implementation,
+    )
+
+  return jax.vjp(unfused, x, rhs)
+
+
+def _fused_forward_bwd(call: _Call, vjp, dout):
+  dx, drhs = vjp(dout)
+  return dx, None, drhs, None, None
+
+
+_fused_forward.defvjp(_fused_forward_fwd, _fused_forward_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -92,8 +92,8 @@ def grouped_mlp(
       many calls, as ragged_dot's quantized_rhs.
     fuse: whether copying and activation are part of the quantisation for the
       products, so that they are not written in between. None: where the kernels
-      are asked for, FP8 products of bfloat16 x, d and f multiples of 16. True
-      demands it.
+      compute FP8 products of bfloat16 x, d and f multiples of 16, unless a
+      backward pass follows, which is faster without. True demands it.
     implementation: as in ragged_dot.
   """
   x = jnp.asarray(x)
@@ -109,7 +109,9 @@ def grouped_mlp(
   m = x.shape[0] if permutation is None else _check_permutation(permutation, x)
   group_sizes, _ = check_group_sizes(group_sizes, m, g)
   is_fused = choose_fusion(fuse, x, f, is_scaled, recipe, implementation)
-  dot = Product(recipe, implementation, is_fused)
+  dot = Product(
+    recipe, implementation, is_fused, fuse_always=bool(fuse) or rematerialize
+  )
   quantized_x = checks.check_quantized_lhs("quantized_x", quantized_x, x.shape)
   if quantized_x is not None and permutation is not None:
     raise ValueError("quantized_x and permutation cannot both be given")

@@ -360,7 +360,11 @@ def kernels_of(fn, *args):
 
 @pytest.mark.slow
 def test_kernels_of_the_layer():
-  """Nothing is multiplied twice, and no copy is quantised on its own."""
+  """Nothing is multiplied twice, and no copy is quantised on its own.
+
+  By default no more than that in a forward pass; with a backward pass what is
+  quantised for both is read once, the activation by XLA.
+  """
   x = jax.ShapeDtypeStruct((256, 128), BF16)
   params = moe.MoeParams(
     *(
@@ -370,6 +374,20 @@ def test_kernels_of_the_layer():
   )
   run = functools.partial(layer, fuse=True, implementation="mosaic_gpu")
   loss = lambda *args: run(*args).astype(jnp.float32).sum()
+  by_default = functools.partial(run, fuse=None)
+  assert kernels_of(by_default, x, params) == {
+    "quantize_weights": 2,
+    "quantize_gathered": 1,
+    "quantize_swiglu": 1,
+    "m_grouped_gemm": 2,
+  }
+  default_loss = lambda *args: by_default(*args).astype(jnp.float32).sum()
+  assert kernels_of(jax.value_and_grad(default_loss, (0, 1)), x, params) == {
+    "quantize_weights": 2,
+    "m_grouped_gemm": 4,
+    "quantize_rows_and_tokens": 4,  # Of both operands and their gradients.
+    "k_grouped_gemm": 2,
+  }
   assert kernels_of(jax.value_and_grad(loss, (0, 1)), x, params) == {
     "quantize_weights": 2,
     "quantize_gathered": 1,
@@ -400,6 +418,7 @@ def test_none_fuses_where_the_kernels_compute():
     assert not pick(x=X.astype(jnp.float32))
     assert not pick(f=40)
     assert not pick(x=X[:, 1:])
+  # On this device.
   assert not chosen() and not chosen(implementation="xla")
 
 
