@@ -101,7 +101,8 @@ def k_grouped_gemm(
     lhs: as quantize_for_k_grouped makes it, blocks of (1, 128).
     rhs: the same, of the same tokens.
     group_sizes: tokens of each group, those that the operands were made with.
-    accumulator: is added to the result.
+    accumulator: is added to the result, and its memory becomes the result's if
+      nobody needs it any more: donated to jit, or carried by a loop.
     preferred_element_type: dtype of the result; sums are float32.
     config: as in m_grouped_gemm.
     implementation: as in m_grouped_gemm.

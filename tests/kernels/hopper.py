@@ -40,12 +40,12 @@ def _sharding():
   return NamedSharding(mesh, PartitionSpec())
 
 
-def compile_for_hopper(fn, *args):
-  """Compiles jit(fn) for an H100; `args` may be arrays or shapes."""
+def compile_for_hopper(fn, *args, **options):
+  """Compiles jit(fn, **options) for an H100; `args` are arrays or shapes."""
   args = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding()), args
   )
-  traced = jax.jit(fn).trace(*args)
+  traced = jax.jit(fn, **options).trace(*args)
   return traced.lower(lowering_platforms=("cuda",)).compile()
 
 

@@ -141,12 +141,13 @@ def test_masked_kernels(compile_and_report, kernel, config):
   compile_and_report(gemm, *m_grouped_args(4096, 4096, 2880, 64))
 
 
-def compile_k_grouped(compile_and_report, m, n, g, config, acc):
+def k_grouped(m, n, g, config, acc):
+  """Returns the function and its arguments."""
   t, f8 = 1024, jnp.float8_e4m3fn
   gemm = functools.partial(
     k_grouped_gemm, m=m, n=n, out_dtype=jnp.float32, config=config
   )
-  compile_and_report(
+  return (
     gemm,
     shape(m, t, dtype=f8),
     shape(m, t // 128),
@@ -163,12 +164,22 @@ def compile_k_grouped(compile_and_report, m, n, g, config, acc):
 def test_k_grouped_configs(compile_and_report, config, accumulator):
   assert config.smem_bytes(jnp.float32) <= SMEM_BYTES
   n = K_GROUPED[config]
-  compile_k_grouped(compile_and_report, 4096, n, 8, config, accumulator)
+  compile_and_report(*k_grouped(4096, n, 8, config, accumulator))
+
+
+def test_k_grouped_adds_in_place():
+  """A donated accumulator is the result; neither is there twice."""
+  g, m, n = 8, 4096, 2048
+  problem = k_grouped(m, n, g, Config(tile_n=128), True)
+  compiled = compile_for_hopper(*problem, donate_argnums=6)
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes == 4 * g * m * n
+  assert memory.temp_size_in_bytes < 4 * m * n
 
 
 def test_k_grouped_with_one_tile_per_cta(compile_and_report):
   """Then there is no loop over tiles, and registers are given otherwise."""
-  compile_k_grouped(compile_and_report, 400, 144, 4, Config(tile_n=128), False)
+  compile_and_report(*k_grouped(400, 144, 4, Config(tile_n=128), False))
 
 
 def test_spills_are_seen():
