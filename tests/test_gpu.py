@@ -100,6 +100,20 @@ def test_m_grouped_dynamic(config, k):
     np.testing.assert_array_equal(out.view(np.uint16), expected)
 
 
+def test_m_grouped_dynamic_under_vmap():
+  """No problem of the batch takes the tiles of another."""
+  sizes = jnp.array([[300, 0, 1000, 41], [1, 600, 40, 700]])
+  lhs, rhs = operands(2 * 1344, 1152, 2048, 4)
+  lhs = jax.tree.map(lambda x: x.reshape(2, 1344, -1), lhs)
+  run = gemm(m_grouped_gemm, config=Config(dynamic=True))
+  out = jax.jit(jax.vmap(run, (0, None, 0)))(lhs, rhs, sizes)
+  for i in range(2):
+    expected = run(jax.tree.map(lambda x, i=i: x[i], lhs), rhs, sizes[i])
+    np.testing.assert_array_equal(
+      np.asarray(out[i]).view(np.uint16), np.asarray(expected).view(np.uint16)
+    )
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("n", [16, 80, 192, 400, 2064])
 def test_m_grouped_any_n_and_any_sizes(n, dtype):

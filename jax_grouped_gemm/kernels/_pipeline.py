@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxpr_as_fun
@@ -209,6 +210,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     result = kernel(*operands, *out)
     return jax.freeze(*out) if out else result
 
+  @sequential_vmap  # The problems of a batch would draw each other's tiles.
   def call(*operands):
     # Traced as if operands were the same on all devices of jax.shard_map:
     # warp_map refuses refs that say they are not (jax 0.11.2).

@@ -72,6 +72,34 @@ def test_every_number_of_blocks(interpreter):
     run(sizes, sum(sizes), 16, 16, SMALL)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_vmap_adds_to_each_accumulator(interpreter, shared):
+  """Also where all problems of the batch start from the same one."""
+  sizes = [3, 0, 140]
+  operands, expected, magnitude = k_grouped(sizes, 143, 16, 16, True)
+  scales, accumulator = operands[1], operands[-1]
+  in_axes = [None] * len(operands)
+  in_axes[1], in_axes[-1] = 0, None if shared else 0
+  batch = list(operands)
+  batch[1] = jnp.stack([scales, 2 * scales])
+  if not shared:
+    batch[-1] = jnp.stack([accumulator, -accumulator])
+  gemm = functools.partial(
+    k_grouped_gemm,
+    interpret=True,
+    m=16,
+    n=16,
+    out_dtype=jnp.float32,
+    config=SMALL,
+  )
+  with interpreter():
+    first, second = jax.jit(jax.vmap(gemm, in_axes))(*batch)
+  check(first, expected, magnitude)
+  added = 2 * (expected - np.asarray(accumulator, np.float64))
+  sign = 1 if shared else -1
+  check(second, added + sign * np.asarray(accumulator), 2 * magnitude)
+
+
 def test_bf16_out(interpreter):
   with interpreter():
     run([130, 200], 330, 128, 192, SMALL, dtype=jnp.bfloat16)
