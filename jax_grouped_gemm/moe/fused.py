@@ -12,7 +12,7 @@ saves fewer bytes than reading once more costs.
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,11 @@ from jaxtyping import Array, Float, Int
 from jax_grouped_gemm import checks, manual_axes
 from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.config import SCALE_BLOCK
-from jax_grouped_gemm.fused_quantization import (
-  quantize_activation,
-  quantize_gathered,
-)
 from jax_grouped_gemm.manual_axes import vary_alike
-from jax_grouped_gemm.moe.activation import Activation, activate
-from jax_grouped_gemm.moe.permutation import Permutation, gather_copies
+from jax_grouped_gemm.moe.prologue import Prologue, Rows
 from jax_grouped_gemm.ops import m_grouped_gemm
 from jax_grouped_gemm.quantization import (
   quantize,
-  quantize_rows,
   quantize_weights,
   where_supported,
 )
@@ -44,59 +38,6 @@ from jax_grouped_gemm.quantized_weights import (
 from jax_grouped_gemm.ragged_dot import ragged_dot
 from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
-
-
-class Prologue(Protocol):
-  """How lhs is made; static, hashable. `index` is data of its own."""
-
-  def apply(self, x, index, implementation: str | None) -> Float[Array, "m k"]:
-    """Returns lhs, differentiable in x."""
-
-  def quantize(self, x, index, **options) -> ScaledArray:
-    """Returns lhs in blocks of (1, 128), with the options of quantize."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """lhs = x; `index` is quantize(x, (1, 128)), where the caller has it."""
-
-  def apply(self, x, index, implementation):
-    """Part of the protocol."""
-    return x
-
-  def quantize(self, x, index: ScaledArray | None, **options):
-    """Part of the protocol; not fused with anything."""
-    return quantize_rows(x, **options) if index is None else index
-
-
-@dataclasses.dataclass(frozen=True)
-class Activated:
-  """lhs = activation(gate, up), x = [gate, up]."""
-
-  activation: Activation
-
-  def apply(self, x, index, implementation):
-    """Part of the protocol."""
-    return activate(x, self.activation, implementation=implementation)
-
-  def quantize(self, x, index, **options):
-    """Part of the protocol."""
-    return quantize_activation(x, self.activation, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dispatched:
-  """lhs = copies of the rows of x, as `index`, a Permutation, sorts them."""
-
-  def apply(self, x, index: Permutation, implementation):
-    """Part of the protocol."""
-    return gather_copies(x, index)
-
-  def quantize(self, x, index: Permutation, **options):
-    """Part of the protocol."""
-    return quantize_gathered(
-      x, index.order // index.inverse.shape[1], **options
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,16 +82,7 @@ class Product:
       # Its backward pass says that there is none.
       return _serve(call, x, index, rhs, group_sizes)
     if not fuse:
-      return ragged_dot(
-        x,
-        rhs,
-        group_sizes,
-        preferred_element_type=x.dtype,
-        recipe=self.recipe,
-        quantized_lhs=index,
-        quantized_rhs=quantized,
-        implementation=self.implementation,
-      )
+      return self.unfused(x, rhs, group_sizes, index, quantized)
     if quantized is None:
       quantized = name_quantized_weights(
         quantize_weights(
@@ -163,6 +95,19 @@ class Product:
       )
     dot = _fused_dot if self.fuse_always else _fused_forward
     return dot(call, x, index, rhs, quantized, group_sizes)
+
+  def unfused(self, lhs, rhs, group_sizes, quantized_lhs, quantized_rhs):
+    """Returns out of an lhs that has been made."""
+    return ragged_dot(
+      lhs,
+      rhs,
+      group_sizes,
+      preferred_element_type=lhs.dtype,
+      recipe=self.recipe,
+      quantized_lhs=quantized_lhs,
+      quantized_rhs=quantized_rhs,
+      implementation=self.implementation,
+    )
 
 
 def choose_fusion(
@@ -254,16 +199,9 @@ def _gradients(call: _Call, x, index, rhs, dgrad: ScaledArray, sizes, dout):
     lhs = call.prologue.apply(x, index, product.implementation)
     # Nor are the rows of lhs quantised: nothing is made of them.
     rows = jax.eval_shape(lambda: quantize(lhs, (1, SCALE_BLOCK)))
-    return ragged_dot(
-      lhs,
-      rhs,
-      sizes,
-      preferred_element_type=lhs.dtype,
-      recipe=product.recipe,
-      quantized_lhs=jax.tree.map(jnp.zeros_like, rows),
-      quantized_rhs=QuantizedWeights(dgrad.mT, dgrad),
-      implementation=product.implementation,
-    )
+    rows = jax.tree.map(jnp.zeros_like, rows)
+    weights = QuantizedWeights(dgrad.mT, dgrad)
+    return product.unfused(lhs, rhs, sizes, rows, weights)
 
   return jax.vjp(unfused, x, rhs)[1](dout)
 
@@ -278,19 +216,9 @@ def _fused_forward(call: _Call, x, index, rhs, weights, group_sizes):
 
 
 def _fused_forward_fwd(call: _Call, x, index, rhs, weights, group_sizes):
-  product = call.product
-
   def unfused(x, rhs):
     lhs = call.prologue.apply(x, index, "xla")
-    return ragged_dot(
-      lhs,
-      rhs,
-      group_sizes,
-      preferred_element_type=lhs.dtype,
-      recipe=product.recipe,
-      quantized_rhs=weights,
-      implementation=product.implementation,
-    )
+    return call.product.unfused(lhs, rhs, group_sizes, None, weights)
 
   return jax.vjp(unfused, x, rhs)
 

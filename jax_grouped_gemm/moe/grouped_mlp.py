@@ -17,14 +17,9 @@ from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe.activation import Activation
 from jax_grouped_gemm.moe.bias import add_bias
-from jax_grouped_gemm.moe.fused import (
-  Activated,
-  Dispatched,
-  Product,
-  Rows,
-  choose_fusion,
-)
+from jax_grouped_gemm.moe.fused import Product, choose_fusion
 from jax_grouped_gemm.moe.permutation import Permutation
+from jax_grouped_gemm.moe.prologue import Activated, Dispatched, Rows
 from jax_grouped_gemm.quantized_weights import (
   QUANTIZED_WEIGHTS,
   QuantizedWeights,
