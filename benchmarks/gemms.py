@@ -288,18 +288,26 @@ def _row(impl: str, call, program, check, iterations: int) -> dict:
     error = float(check(out, impl))
     num_bytes = sum(x.nbytes for x in jax.tree.leaves((operands, out)))
     del out
-    us, _ = program.measure(*operands, iterations=iterations)
+    us, kernels_us = program.measure(*operands, iterations=iterations)
   except (ImportError, Unsupported) as reason:
     return {"impl": impl, "unavailable": str(reason)}
   return {
     "impl": impl,
     **_config(fn),
     "us": round(us, 2),
+    **_kernels(kernels_us),
     "gbps": round(num_bytes / us / 1e3, 1),
     "peak_bytes": program.peak_bytes,
     "max_row_error": error,
     "verified": error <= _max_row_error_of(impl),
   }
+
+
+def _kernels(kernels_us: dict[str, float]) -> dict:
+  """Returns the time of each kernel, if they are several."""
+  if len(kernels_us) < 2:
+    return {}
+  return {"kernels": {name: round(us, 1) for name, us in kernels_us.items()}}
 
 
 def _config(fn) -> dict:
@@ -310,6 +318,8 @@ def _config(fn) -> dict:
   stages = f"{config.num_stages} slots"
   if getattr(config, "turns", False):
     stages += ", turns"
+  if config.dynamic:
+    stages += ", claimed"
   shares = f"{config.cluster} share {config.multicast}"
   return {
     "config": f"{config.tile_m}x{config.tile_n}, {stages}, "

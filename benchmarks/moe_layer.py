@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import moe_stages
 from benchmarks.moe_stages import route
+from benchmarks.operands import Unsupported, check_dense
 from benchmarks.run import RESULTS, short_name, versions, write
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Program
@@ -271,6 +272,8 @@ def _row_error(got, expected) -> float:
 def _measure(
   problem: Problem, impl: str, iterations: int, with_stages: bool
 ) -> dict:
+  if impl == "lax_ragged_dot":
+    check_dense(problem.sizes[0])
   expected = _expected(problem)
   x, dout, params = _make(problem)
   is_served = impl.startswith("ours") and impl != "ours_bf16"
@@ -348,6 +351,8 @@ def _run(args) -> int:
       }
       try:
         row |= _measure(problem, impl, args.iterations, args.stages)
+      except Unsupported as reason:
+        row["unavailable"] = str(reason)
       except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
           raise
