@@ -234,7 +234,7 @@ IMPLS = {
   ),
   "k_grouped": ("ours", "ours_bf16", "jax_transposed_ragged_dot_mgpu"),
   "masked": ("read", "ours", "ours_m_grouped", "ours_small_groups"),
-  "decode": ("read", "ours", "ours_m_grouped"),
+  "decode": ("read", "ours"),
   "train_step": train_step.IMPLS,
 }
 
@@ -320,7 +320,8 @@ def _config(fn) -> dict:
     stages += ", turns"
   if config.dynamic:
     stages += ", claimed"
-  shares = f"{config.cluster} share {config.multicast}"
+  shares = "k" if hasattr(config, "split_k") else config.multicast
+  shares = f"{config.cluster} share {shares}"
   return {
     "config": f"{config.tile_m}x{config.tile_n}, {stages}, "
     f"{shares if config.cluster > 1 else 'no cluster'}, "

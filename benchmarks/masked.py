@@ -78,18 +78,9 @@ class Decode:
   def calls(self):
     """Returns {implementation: function that returns (function, operands)}."""
     p, m, g = self.p, sum(self.p.sizes), len(self.p.sizes)
-    rows = -(-m // sum(size > 0 for size in p.sizes))
-    small = tuning.small_groups_config(rows, p.n, p.k, g, _DTYPE, row_align=1)
-    return {
-      "ours": lambda: self._call(small),
-      "ours_m_grouped": lambda: self._call(
-        tuning.m_grouped_config(m, p.n, p.k, g, _DTYPE)
-      ),
-    }
-
-  def _call(self, config):
+    config = tuning.m_grouped_config(m, p.n, p.k, g, _DTYPE)
     gemm = functools.partial(m_grouped_gemm, config=config)
-    return gemm, (self.lhs, self.rhs, self.sizes)
+    return {"ours": lambda: (gemm, (self.lhs, self.rhs, self.sizes))}
 
   def max_row_error(self, out, impl):
     """All rows are somebody's."""

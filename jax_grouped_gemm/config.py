@@ -73,6 +73,12 @@ class Config:
     """Rows of out that one CTA computes."""
     return self.compute_wgs * WGMMA_M
 
+  @property
+  def cluster_shape(self) -> tuple[int, int]:
+    """Tiles of a cluster, along rows and columns of out."""
+    by_rows = self.multicast == "rhs"
+    return (self.cluster, 1) if by_rows else (1, self.cluster)
+
   def smem_bytes(self, out_dtype: DTypeLike, k: int | None = None) -> int:
     """Upper bound of the shared memory of a CTA, in bytes.
 
@@ -100,26 +106,36 @@ class SmallGroupsConfig:
       warpgroup for each 64. 64 makes twice the tiles, for few and short groups.
     num_stages: slots of shared memory between loading and multiplying; as many
       as fit keep the memory busy.
+    split_k: CTAs, 1 or 2, that each multiply their part of k of a tile, for
+      tiles that are few or do not come out even with the processors. Their sums
+      are added in one order always.
     num_sms: as in Config.
   """
 
   tile_m: int = 16
   tile_n: int = 128
   num_stages: int = 8
+  split_k: int = 1
   num_sms: int | None = None
 
   # What the walk over the groups and the launch want to know of any config.
-  cluster: ClassVar[int] = 1
-  multicast: ClassVar[str] = "lhs"
+  cluster_shape: ClassVar[tuple[int, int]] = 1, 1  # tiles
   dynamic: ClassVar[bool] = False
   # Row tiles of one group come one after another: they share rhs in L2.
   raster_width: ClassVar[int] = 1
 
   def __post_init__(self):
-    _check_choices(self, tile_m=(8, 16, 32, 64), tile_n=(64, 128))
+    _check_choices(
+      self, tile_m=(8, 16, 32, 64), tile_n=(64, 128), split_k=(1, 2)
+    )
     _check_least(self, num_stages=2)
     if self.num_sms is not None:
-      _check_least(self, num_sms=1)
+      _check_least(self, num_sms=self.split_k)
+
+  @property
+  def cluster(self) -> int:
+    """CTAs of a cluster."""
+    return self.split_k
 
   @property
   def compute_wgs(self) -> int:

@@ -16,6 +16,9 @@ from jax_grouped_gemm.config import ROW_ALIGN, WGMMA_M, Config
 from jax_grouped_gemm.kernels._pipeline import Ref
 from jax_grouped_gemm.schedule import Masked
 
+# Loads that do not wait for one another: a load takes some 40 cycles.
+_SIZES_AT_A_TIME = 8
+
 
 class Tile(NamedTuple):
   """What one CTA computes at a time."""
@@ -54,8 +57,7 @@ class Walk:
     self.group_sizes, self.group_offset = group_sizes, group_offset
     self.num_groups = group_sizes.shape[0]
     self.m, n, self.rhs_groups = shape
-    self.rows = config.cluster if config.multicast == "rhs" else 1
-    self.cols = config.cluster // self.rows
+    self.rows, self.cols = config.cluster_shape
     self.col_clusters = pl.cdiv(n, config.tile_n * self.cols)
 
   def group(self, index, start, rows, row_tiles, first_tile) -> Group:
@@ -72,12 +74,19 @@ class Walk:
 
     The short way past empty groups, of which decoding has many.
     """
-    index, _ = lax.while_loop(
-      lambda state: (state[0] < self.num_groups) & (state[1] <= 0),
-      lambda state: (state[0] + 1, self.stored_size(state[0] + 1)),
-      (index, self.stored_size(index)),
+
+    def skip(index):
+      steps, are_empty = jnp.int32(1), True
+      for i in range(1, _SIZES_AT_A_TIME + 1):
+        are_empty &= self.stored_size(index + i) <= 0
+        steps += are_empty.astype(jnp.int32)
+      return index + steps
+
+    end = jnp.maximum(index, self.num_groups)
+    index = lax.while_loop(
+      lambda i: (i < self.num_groups) & (self.stored_size(i) <= 0), skip, index
     )
-    return index
+    return jnp.minimum(index, end)
 
   def first_group(self, index) -> Group:
     zero = jnp.int32(0)

@@ -9,7 +9,8 @@ costs 2 % (H200).
 
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import nvvm
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, nvvm
 
 
 def meet_warps(interpret: bool):
@@ -35,5 +36,28 @@ def fence_copies(interpret: bool):
     nvvm.fence_proxy(
       nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta
     )
+
+  fence()
+
+
+def fence_cluster(interpret: bool):
+  """Orders GMEM accesses of all warps before, on this CTA, and after it.
+
+  Together with a barrier of the cluster, before and after it, also those of
+  another CTA: without it, reads might come from a cache of this processor.
+  """
+  if interpret:  # It cannot run what is inlined.
+    return
+
+  @plgpu.inline_mgpu()
+  def fence(_):
+    llvm.inline_asm(
+      ir.Type.parse("!llvm.void"),
+      [],
+      "fence.acq_rel.cluster;",
+      "~{memory}",
+      has_side_effects=True,
+    )
+    utils.warpgroup_barrier()
 
   fence()

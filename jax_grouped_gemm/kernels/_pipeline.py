@@ -156,13 +156,14 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
   """Returns the kernel as a function of its operands, one CTA per processor.
 
   The loading warpgroup runs `load(refs)`, which returns the number of slots it
-  filled; the others run `compute(refs)`. With out_type=() the last operand is
-  what out starts as, and its memory is that of out if nobody needs it any more.
+  filled; the others run `compute(refs)`. Of several out_types, the first is what
+  the function returns. With out_type=() the last operand is what out starts as,
+  and its memory is that of out if nobody needs it any more.
   """
 
   load_regs, compute_regs = _REGS[config.compute_wgs]
 
-  num_clusters = (config.num_sms or num_sms()) // config.cluster
+  clusters = num_clusters(config)
 
   def kernel(*operands_and_out, **scratch):
     if config.dynamic:
@@ -184,7 +185,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
 
   kernel = plgpu.kernel(
     kernel,
-    grid=(num_clusters,),
+    grid=(clusters,),
     grid_names=("sm",),
     cluster=(config.cluster,),
     cluster_names=("cta",),
@@ -206,7 +207,7 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
       *operands, out = operands
       out = [jax.new_ref(out)]
     if config.dynamic:
-      operands = *operands, jax.new_ref(_claims.counter(num_clusters))
+      operands = *operands, jax.new_ref(_claims.counter(clusters))
     result = kernel(*operands, *out)
     return jax.freeze(*out) if out else result
 
@@ -215,10 +216,15 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     # Traced as if operands were the same on all devices of jax.shard_map:
     # warp_map refuses refs that say they are not (jax 0.11.2).
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-    [out] = jaxpr_as_fun(jax.make_jaxpr(run)(*shapes))(*operands)
+    out, *_ = jaxpr_as_fun(jax.make_jaxpr(run)(*shapes))(*operands)
     return out
 
   return call
+
+
+def num_clusters(config) -> int:
+  """Clusters of CTAs that are launched."""
+  return (config.num_sms or num_sms()) // config.cluster
 
 
 def num_sms() -> int:

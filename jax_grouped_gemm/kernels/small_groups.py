@@ -18,9 +18,11 @@ Warpgroups of one CTA, over num_stages slots of SMEM:
   last wg  _load_tiles    | wait empty | TMA rhs, lhs, lhs_scales -> full
                           | wait staged | TMA to out
 The last one also walks over the group sizes and tells the others their tiles.
-rhs of an empty group is never read.
+rhs of an empty group is never read. With split_k, the CTAs of a cluster work on
+one tile, each on its part of k, and the first one adds up what they have.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -41,6 +43,7 @@ from jax_grouped_gemm.config import (
 )
 from jax_grouped_gemm.kernels import (
   _epilogue,
+  _partials,
   _pipeline,
   _queue,
   _rhs_scales,
@@ -64,6 +67,7 @@ class _Refs(NamedTuple):
   group_sizes_gmem: Ref  # (g_all,) i32
   group_offset_gmem: Ref  # (1,) i32: of group_sizes, the first that rhs holds
   out_gmem: Ref  # (m, n) bf16 or f32
+  partials_gmem: Ref | None  # (sm, wg, 64, tile_m) f32: see _partials
   lhs_smem: Ref  # (stages, tile_m, 128) f8
   rhs_smem: Ref  # (stages, tile_n, 128) f8
   lhs_scales_smem: Ref  # (stages, >= tile_m) f32
@@ -79,11 +83,23 @@ class _Refs(NamedTuple):
   tiles_empty: Ref  # (TILE_SLOTS,) one arrival per compute warpgroup
   claims_smem: Ref  # (5,) i32: see _claims
   interpret: bool
-  claims_gmem: Ref | None = None  # i32: if config.dynamic
+  partial_full: Ref | None = None  # (compute_wgs,)
+  partial_empty: Ref | None = None  # (compute_wgs,)
+  claims_gmem: Ref | None = None  # Not used here.
 
 
-def _k_iters(refs: _Refs) -> int:
-  return refs.lhs_gmem.shape[1] // SCALE_BLOCK
+def _k_part(refs: _Refs, config: SmallGroupsConfig):
+  """Returns the first k slice that this CTA multiplies, and how many."""
+  k_iters = refs.lhs_gmem.shape[1] // SCALE_BLOCK
+  if config.split_k == 1:
+    return 0, k_iters
+  most, cta = pl.cdiv(k_iters, config.split_k), lax.axis_index("cta")
+  return cta * most, jnp.minimum(most, k_iters - cta * most)
+
+
+def _stores(config: SmallGroupsConfig):
+  """Whether it is this CTA that stores the cluster's tiles."""
+  return lax.axis_index("cta") == 0 if config.split_k > 1 else True
 
 
 # ---------------------------------------------------------------- load
@@ -96,10 +112,10 @@ def _load_tiles(refs: _Refs, config: SmallGroupsConfig, masked: Masked | None):
     refs,
     config,
     masked,
-    _k_iters(refs),
+    _k_part(refs, config)[1],
     load_tile,
     store_rows=functools.partial(_store_rows, refs, config),
-    has_rows=lambda tile, wg: True,  # Each has columns of all rows.
+    has_rows=lambda tile, wg: _stores(config),  # Columns of all rows.
   )
 
 
@@ -118,8 +134,10 @@ def _load_tile(
   rows = pl.ds(pl.multiple_of(tile.row, ROW_ALIGN), config.tile_m)
   cols = pl.ds(tile.ni * config.tile_n, config.tile_n)
   scales_smem = refs.lhs_scales_smem.at[:, pl.ds(0, config.tile_m)]
+  first, _ = _k_part(refs, config)
 
   def load_slice(ki, slot):
+    ki += first
     ks = pl.ds(ki * SCALE_BLOCK, SCALE_BLOCK)
     full = refs.full.at[slot]
     copy = plgpu.copy_gmem_to_smem
@@ -138,14 +156,27 @@ def _load_tile(
 def _compute_tiles(refs: _Refs, config: SmallGroupsConfig):
   """Computes and stages the announced tiles, at last zeros."""
 
-  def compute_tile(i, _, step):
-    acc = _accumulate_tile(refs, config, i, step)
-    _staging.stage(refs, i, lambda: _write(refs, acc))
-    return step + _k_iters(refs)
+  stores = _stores(config)
 
-  steps = _queue.for_each_tile(refs, Tile, compute_tile, jnp.int32(0))
+  def compute_tile(i, _, carry):
+    step, _ = carry
+    acc = _accumulate_tile(refs, config, i, step)
+    if config.split_k > 1:
+      pl.when(~stores)(lambda: _partials.pass_on(refs, i, acc))
+      sums = lambda: _partials.add(refs, acc)
+    else:
+      sums = lambda: acc
+    write = lambda: _write(refs, sums())
+    pl.when(stores)(lambda: _staging.stage(refs, i, write))
+    return step + _k_part(refs, config)[1], i + 1
+
+  start = jnp.int32(0), jnp.int32(0)
+  _, tiles = _queue.for_each_tile(refs, Tile, compute_tile, start)
+  if config.split_k > 1:
+    pl.when(~stores)(lambda: _partials.wait_taken(refs, tiles))
   zeros = _pipeline.wgmma_zeros((WGMMA_M, config.tile_m))
-  _staging.stage(refs, steps, lambda: _write(refs, zeros))
+  staged = jnp.where(stores, tiles, 0)
+  _staging.stage(refs, staged, lambda: _write(refs, zeros))
 
 
 def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
@@ -153,10 +184,11 @@ def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
   shape = (WGMMA_M, config.tile_m)
   _rhs_scales.wait(refs, i)
   ni = _queue.read_tile(refs, Tile, i).ni
+  first, k_iters = _k_part(refs, config)
 
   def add_slice(ki, acc):
     slot = lax.rem(step + ki, config.num_stages)
-    rhs_scale, *_ = _rhs_scales.read(refs, config, i, ni, ki)
+    rhs_scale, *_ = _rhs_scales.read(refs, config, i, ni, first + ki)
     plgpu.barrier_wait(refs.full.at[slot])
 
     def multiply(products):
@@ -172,9 +204,7 @@ def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
     plgpu.barrier_arrive(refs.empty.at[slot])
     return acc + products * lax.broadcast_in_dim(scales, shape, (1,))
 
-  return lax.fori_loop(
-    0, _k_iters(refs), add_slice, _pipeline.wgmma_zeros(shape)
-  )
+  return lax.fori_loop(0, k_iters, add_slice, _pipeline.wgmma_zeros(shape))
 
 
 def _write(refs: _Refs, acc):
@@ -230,16 +260,24 @@ def small_groups_gemm(
   # TMA reads the scales of a tile's rows as one line, of whole 16 bytes.
   lhs_scales = jnp.pad(lhs_scales, ((0, -m % ROW_ALIGN), (0, 0))).T
   rhs_scales = _rhs_scales.pad(rhs_scales)
+  if lhs.shape[1] <= SCALE_BLOCK:  # Nothing to be split.
+    config = dataclasses.replace(config, split_k=1)
   stages, tile_m, tile_n = config.num_stages, config.tile_m, config.tile_n
+  # A warpgroup stores whole 64 columns: other n cost a copy of out.
+  out_type = jax.ShapeDtypeStruct((m, n + -n % WGMMA_M), out_dtype)
+  refs_type, partials = functools.partial(_Refs, partials_gmem=None), {}
+  if config.split_k > 1:
+    shape = _pipeline.num_clusters(config), config.compute_wgs, WGMMA_M, tile_m
+    out_type = out_type, jax.ShapeDtypeStruct(shape, jnp.float32)
+    refs_type, partials = _Refs, _partials.scratch_types(config)
   out = _pipeline.launch(
     functools.partial(_load_tiles, config=config, masked=masked),
     functools.partial(_compute_tiles, config=config),
     name="small_groups_gemm_sm90",
     config=config,
     interpret=interpret,
-    refs_type=_Refs,
-    # A warpgroup stores whole 64 columns: other n cost a copy of out.
-    out_type=jax.ShapeDtypeStruct((m, n + -n % WGMMA_M), out_dtype),
+    refs_type=refs_type,
+    out_type=out_type,
     scratch_types=dict(
       lhs_smem=plgpu.SMEM((stages, tile_m, SCALE_BLOCK), lhs.dtype),
       rhs_smem=plgpu.SMEM((stages, tile_n, SCALE_BLOCK), rhs.dtype),
@@ -249,7 +287,10 @@ def small_groups_gemm(
       ),
       out_smem=plgpu.SMEM((config.compute_wgs, tile_m, WGMMA_M), out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-      empty=_pipeline.empty_barriers(config),
+      empty=plgpu.Barrier(
+        num_arrivals=config.compute_wgs, num_barriers=stages
+      ),
+      **partials,
       **_staging.scratch_types(config.compute_wgs),
       **_rhs_scales.scratch_types(rhs_scales.shape, config),
       **_queue.scratch_types(config, Tile),

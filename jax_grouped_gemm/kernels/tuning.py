@@ -21,6 +21,7 @@ from jax_grouped_gemm.config import (
   ROW_ALIGN,
   SCALE_BLOCK,
   SMEM_BYTES,
+  WGMMA_M,
   Config,
   SmallGroupsConfig,
 )
@@ -32,21 +33,25 @@ TABLE_VARIABLE = "JAX_GROUPED_GEMM_TUNING_TABLE"
 _MAX_STAGES = 5  # More slots bring nothing.
 _MAX_M_RATIO = math.sqrt(2)  # of a problem's m to that of a measured entry.
 
-# M-grouped: (compute_wgs, tile_n, cluster, multicast) -> microseconds of a k
-# slice of a tile, and of a tile besides. Fitted to what `python -m benchmarks
-# tune` measured of the shapes "models" and "random" (H100, jax 0.11.2), but for
-# the last, an estimate.
+# M-grouped: (compute_wgs, tile_n, cluster, multicast, dynamic) -> microseconds
+# of a k slice of a tile, of a tile besides and of a call besides. The least
+# squares of the relative errors of what `python -m benchmarks tune` measured of
+# the shapes "deepgemm", "small", "masked", "models" and "random" (H200, jax
+# 0.11.2).
 _COSTS_US = {
-  (3, 128, 2, "lhs"): (0.586, 1.07),
-  (2, 192, 1, "lhs"): (0.730, 0.00),
-  (2, 128, 2, "lhs"): (0.453, 0.54),
-  (2, 64, 2, "lhs"): (0.312, 0.22),
-  (2, 64, 1, "lhs"): (0.320, 0.22),
+  (3, 128, 2, "lhs", False): (0.565, 0.44, 6),
+  (3, 128, 1, "lhs", False): (0.570, 0.49, 7),
+  (2, 192, 1, "lhs", False): (0.615, 0.36, 6),
+  (2, 192, 2, "lhs", False): (0.618, 0.21, 7),
+  (2, 128, 2, "lhs", False): (0.430, 0.22, 8),
+  (2, 64, 2, "lhs", False): (0.266, 0.37, 12),
+  (2, 64, 1, "lhs", False): (0.280, 0.37, 12),  # An estimate.
+  (3, 128, 2, "lhs", True): (0.542, 0.94, 10),
+  (2, 192, 1, "lhs", True): (0.599, 0.72, 8),
+  (2, 192, 2, "lhs", True): (0.600, 0.59, 10),
+  (2, 192, 2, "rhs", True): (0.599, 0.87, 9),
 }
-# From how many groups on, and k, tiles are claimed: 0 to 14 % faster for 64
-# groups, the more the larger k is; nothing for 4 and 8 groups (H200).
-_DYNAMIC_GROUPS = 16
-_DYNAMIC_K = 3072
+_RASTER_WIDTHS = {False: 8, True: 4}  # of dynamic
 
 _SMALL_GROUP = 64  # rows, on average; more are not for that kernel.
 _ROW_SPREAD = 1.5  # Of a group's rows to their average; more are a second tile.
@@ -127,8 +132,14 @@ def _lookup(kernel: str, m, n, k, g, out_dtype: DTypeLike) -> Config | None:
 
 def m_grouped_candidates(k: int, out_dtype: DTypeLike) -> list[Config]:
   """Returns what the heuristic chooses from."""
-  names = "compute_wgs", "tile_n", "cluster", "multicast"
-  configs = [Config(**dict(zip(names, key, strict=True))) for key in _COSTS_US]
+  names = "compute_wgs", "tile_n", "cluster", "multicast", "dynamic"
+  configs = [
+    Config(
+      **dict(zip(names, key, strict=True)),
+      raster_width=_RASTER_WIDTHS[key[-1]],
+    )
+    for key in _COSTS_US
+  ]
   return [most_stages(config, out_dtype, k) for config in configs]
 
 
@@ -140,13 +151,19 @@ def m_grouped_us(config: Config, m: int, n: int, k: int, g: int) -> float:
   """
   # The mean of ceil(size / tile_m) is 1 / (1 - exp(-tile_m / mean size)).
   row_tiles = -g / math.expm1(-config.tile_m * g / m)
-  columns = config.tile_n * (config.cluster if config.multicast == "lhs" else 1)
-  col_tiles = -(-n // columns) * (columns // config.tile_n)
-  waves = math.ceil(row_tiles * col_tiles / (config.num_sms or num_sms()))
-  slice_us, tile_us = _COSTS_US[
-    config.compute_wgs, config.tile_n, config.cluster, config.multicast
+  columns = config.tile_n * config.cluster_shape[1]
+  col_tiles = -(-n // columns) * config.cluster_shape[1]
+  waves = row_tiles * col_tiles / (config.num_sms or num_sms())
+  # Claimed tiles end one after the other, others all at a time.
+  waves = max(1.0, waves + 0.5) if config.dynamic else math.ceil(waves)
+  slice_us, tile_us, call_us = _COSTS_US[
+    config.compute_wgs,
+    config.tile_n,
+    config.cluster,
+    config.multicast,
+    config.dynamic,
   ]
-  return waves * (-(-k // SCALE_BLOCK) * slice_us + tile_us)
+  return waves * (-(-k // SCALE_BLOCK) * slice_us + tile_us) + call_us
 
 
 def most_stages(
@@ -168,9 +185,12 @@ def small_groups_config(
   rows = math.ceil(_ROW_SPREAD * rows) + ROW_ALIGN - row_align
   tile_m = next((t for t in (8, 16, 32) if t >= rows), 64)
   tiles = g * -(-rows // tile_m) * -(-n // 128)
-  # With few tiles, the last ones leave processors idle.
-  tile_n = 128 if tiles >= 4 * num_sms() else 64
-  config = SmallGroupsConfig(tile_m=tile_m, tile_n=tile_n)
+  config = SmallGroupsConfig(
+    tile_m=tile_m,
+    tile_n=128 if n > WGMMA_M else WGMMA_M,
+    # Costs 1.5 us a tile, which processors without any pay for (H200).
+    split_k=2 if tiles < num_sms() else 1,
+  )
   return most_stages(config, out_dtype, k, _MOST_SLOTS)
 
 
@@ -182,12 +202,13 @@ def m_grouped_config(
   if measured:
     return measured
   if m <= _SMALL_GROUP * g:
-    return small_groups_config(-(-m // g), n, k, g, out_dtype, 1)
+    # No more groups than rows; 8 rows and fewer are in one tile, all of them.
+    row_align = ROW_ALIGN if m <= ROW_ALIGN else 1
+    return small_groups_config(
+      -(-m // g), n, k, min(g, m), out_dtype, row_align
+    )
   configs = m_grouped_candidates(k, out_dtype)
-  best = min(configs, key=lambda c: m_grouped_us(c, m, n, k, g))
-  if g >= _DYNAMIC_GROUPS and k >= _DYNAMIC_K:
-    return dataclasses.replace(best, dynamic=True, raster_width=4)
-  return best
+  return min(configs, key=lambda c: m_grouped_us(c, m, n, k, g))
 
 
 def masked_config(

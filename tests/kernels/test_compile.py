@@ -1,6 +1,5 @@
 """Every config compiles for Hopper, without a GPU, and spills no register."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,7 +8,7 @@ import pytest
 from hopper import compile_for_hopper, spilled_bytes
 
 from jax_grouped_gemm import quantize
-from jax_grouped_gemm.config import SMEM_BYTES, Config
+from jax_grouped_gemm.config import SMEM_BYTES, Config, SmallGroupsConfig
 from jax_grouped_gemm.kernels import tuning
 from jax_grouped_gemm.kernels.k_grouped import k_grouped_gemm
 from jax_grouped_gemm.kernels.m_grouped import m_grouped_gemm
@@ -26,10 +25,9 @@ TURNS = Config(tile_n=128, compute_wgs=3, turns=True), Config(turns=True)
 TABLE = tuning.read_table(tuning.TABLE)
 M_GROUPED = (
   {
-    (dataclasses.replace(config, dynamic=dynamic), dtype)
+    (config, dtype)
     for dtype in DTYPES
     for config in tuning.m_grouped_candidates(2880, dtype)
-    for dynamic in (False, True)
   }
   | {
     (entry.config, jnp.dtype(entry.out_dtype).type)
@@ -44,6 +42,9 @@ SMALL_GROUPS = {
   for n in (128, 2**14)
   for dtype in DTYPES
   if dtype == jnp.bfloat16 or rows == 64
+} | {
+  (SmallGroupsConfig(tile_m=tile_m, tile_n=tile_n, split_k=2), jnp.bfloat16)
+  for tile_m, tile_n in ((8, 128), (32, 64), (64, 128))
 }
 # With the least n it is chosen for.
 K_GROUPED = {

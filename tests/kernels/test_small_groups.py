@@ -49,6 +49,17 @@ def test_every_tile(interpreter, tile_m, tile_n, dtype):
     run(sizes, sum(sizes) + 9, tile_n + 16, 272, config, dtype)
 
 
+@pytest.mark.parametrize("k", [16, 144, 400, 1040])  # 1, 2, 4 and 9 slices
+@pytest.mark.parametrize("tile_n, dtype", [(64, BF16), (128, F32)])
+def test_two_ctas_split_k(interpreter, tile_n, dtype, k):
+  """Several tiles for each cluster, so that what it passes on is reused."""
+  config = SmallGroupsConfig(
+    tile_m=8, tile_n=tile_n, num_stages=3, split_k=2, num_sms=4
+  )
+  with interpreter():
+    run([5, 0, 8, 15, 1], 38, 2 * tile_n + 16, k, config, dtype)
+
+
 def test_every_pattern_of_empty_groups(interpreter):
   gemm = jitted(m=11, n=64, out_dtype=BF16, config=SMALL)
   for sizes in itertools.product([0, 3], repeat=3):

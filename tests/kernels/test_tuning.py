@@ -83,9 +83,9 @@ def test_the_heuristic_weighs_columns_in_vain():
   assert config(m=2**17, n=192, k=2880).tile_n == 192
 
 
-def test_many_groups_claim_their_tiles():
+def test_tiles_of_long_calls_are_claimed():
   assert config(m=2**15, n=6144, k=7168, g=64).dynamic
-  assert not config(m=2**15, n=6144, k=7168, g=4).dynamic
+  assert not config(m=2**12, n=2048, k=1024, g=8).dynamic
   for g, dynamic in ((4, False), (16, True)):
     assert tuning.k_grouped_config(4096, 7168, 2**15, g).dynamic == dynamic
 
