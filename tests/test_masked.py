@@ -267,8 +267,9 @@ def test_small_groups_get_their_kernel():
   configs = [masked_config(rows) for rows in (1, 6, 9, 20, 64)]
   assert [config.tile_m for config in configs] == [8, 16, 16, 32, 64]
   assert {config.tile_n for config in configs} == {128}
-  # Few tiles are small ones.
-  assert masked_config(1, n=4096, g=2).tile_n == 64
+  assert {config.split_k for config in configs} == {1}
+  # Fewer tiles than processors: two of them for each.
+  assert masked_config(1, n=4096, g=2).split_k == 2
 
 
 def test_small_groups_of_the_contiguous_layout_get_it_too():
@@ -277,3 +278,6 @@ def test_small_groups_of_the_contiguous_layout_get_it_too():
   # 2 rows of a group, and up to 7 before them.
   assert isinstance(config, SmallGroupsConfig) and config.tile_m == 16
   assert isinstance(tuning.m_grouped_config(2**15, *problem[1:]), Config)
+  # One token: all of its rows are in one tile, of at most 8 groups.
+  config = tuning.m_grouped_config(8, 2048, *problem[2:])
+  assert config.tile_m == 8 and config.split_k == 2

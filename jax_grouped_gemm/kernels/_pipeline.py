@@ -156,9 +156,9 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
   """Returns the kernel as a function of its operands, one CTA per processor.
 
   The loading warpgroup runs `load(refs)`, which returns the number of slots it
-  filled; the others run `compute(refs)`. Of several out_types, the first is what
-  the function returns. With out_type=() the last operand is what out starts as,
-  and its memory is that of out if nobody needs it any more.
+  filled; the others run `compute(refs)`. With several out_types, the function
+  returns the first of them. With out_type=() the last operand is what out
+  starts as, and its memory is that of out if nobody needs it any more.
   """
 
   load_regs, compute_regs = _REGS[config.compute_wgs]

@@ -287,9 +287,7 @@ def small_groups_gemm(
       ),
       out_smem=plgpu.SMEM((config.compute_wgs, tile_m, WGMMA_M), out_dtype),
       full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-      empty=plgpu.Barrier(
-        num_arrivals=config.compute_wgs, num_barriers=stages
-      ),
+      empty=plgpu.Barrier(num_arrivals=config.compute_wgs, num_barriers=stages),
       **partials,
       **_staging.scratch_types(config.compute_wgs),
       **_rhs_scales.scratch_types(rhs_scales.shape, config),
