@@ -107,8 +107,7 @@ class SmallGroupsConfig:
     num_stages: slots of shared memory between loading and multiplying; as many
       as fit keep the memory busy.
     split_k: CTAs, 1 or 2, that each multiply their part of k of a tile, for
-      tiles that are few or do not come out even with the processors. Their sums
-      are added in one order always.
+      fewer tiles than processors. Their sums are added in one order always.
     num_sms: as in Config.
   """
 

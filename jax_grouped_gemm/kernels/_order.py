@@ -41,10 +41,11 @@ def fence_copies(interpret: bool):
 
 
 def fence_cluster(interpret: bool):
-  """Orders GMEM accesses of all warps before, on this CTA, and after it.
+  """Orders what the warpgroup does to GMEM with what another CTA does.
 
-  Together with a barrier of the cluster, before and after it, also those of
-  another CTA: without it, reads might come from a cache of this processor.
+  One stands on either side of a barrier of the cluster: before the arrival,
+  where all warps must have met, and after the wait, where reads might otherwise
+  come from a cache of this processor.
   """
   if interpret:  # It cannot run what is inlined.
     return
