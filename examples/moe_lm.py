@@ -29,7 +29,13 @@ from tqdm import tqdm
 from jax_grouped_gemm import Recipe
 from jax_grouped_gemm.moe import MoeParams, moe_layer
 
-RECIPES = {"fp8": Recipe(), "bf16": Recipe.bf16()}
+RECIPES = {
+  "fp8": Recipe(),
+  "fp8-e5m2-gradients": Recipe(gradient_dtype=jnp.float8_e5m2),
+  "fp8-bf16-wgrad": Recipe(wgrad="bf16"),
+  "bf16": Recipe.bf16(),
+}
+SEVERAL = {"both": ["fp8", "bf16"], "all": [*RECIPES]}
 VOCABULARY = 256  # Bytes.
 BALANCE_WEIGHT = 0.01  # Of the load-balancing loss.
 HELD_OUT = 0.1  # Of the text.
@@ -320,7 +326,8 @@ def plot(path: Path, runs: list[Run], bigram: float, title: str) -> None:
   from matplotlib import pyplot as plt
 
   figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-  for run, color in zip(runs, ("tab:blue", "tab:orange"), strict=False):
+  for i, run in enumerate(runs):
+    color = f"C{i}"
     axes.plot(run.train, color=color, alpha=0.3, linewidth=1)
     label = f"{run.recipe}: {run.tokens_per_s:,.0f} tokens/s"
     if run.validation:
@@ -352,7 +359,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--plot", type=Path, default=Path("out/moe_lm.png"))
   parser.add_argument("--json", type=Path, help="write the run's numbers here")
-  choices = {"recipe": [*RECIPES, "both"], "dtype": ["float32", "bfloat16"]}
+  choices = {"recipe": [*RECIPES, *SEVERAL], "dtype": ["float32", "bfloat16"]}
   names = [field.name for field in dataclasses.fields(Settings)]
   for name in names:
     flag, kind = "--" + name.replace("_", "-"), type(getattr(Settings, name))
@@ -387,7 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
   print(f"{device}: {settings}")
 
   runs = []
-  for name in RECIPES if settings.recipe == "both" else [settings.recipe]:
+  for name in SEVERAL.get(settings.recipe, [settings.recipe]):
     run = train(dataclasses.replace(settings, recipe=name), text, args.seed)
     runs.append(run)
     if run.interrupted:
@@ -398,9 +405,10 @@ def main(arguments: list[str] | None = None) -> int:
       f" {run.seconds:.0f} s\n"
     )
   else:
-    if len(runs) == 2:
-      fp8, bf16 = (run.validation[-1][1] for run in runs)
-      print(f"fp8 over bf16: {(fp8 / bf16 - 1) * 100:+.2f} %")
+    *others, last = runs
+    for run in others:
+      change = run.validation[-1][1] / last.validation[-1][1] - 1
+      print(f"{run.recipe} over {last.recipe}: {change * 100:+.2f} %")
 
   plot(args.plot, runs, bigram, f"MoE byte-level language model, {device}")
   print(f"Curves: {args.plot}")
