@@ -77,10 +77,7 @@ class MGrouped:
 
   def _bf16(self):
     """Returns lhs and rhs (g, k, n) as those who multiply in bf16 want them."""
-    return (
-      self.lhs.dequantize(jnp.bfloat16),
-      self.rhs.dequantize(jnp.bfloat16).mT,
-    )
+    return _dequantize(self.lhs), _dequantize(self.rhs).mT
 
   def _lax_ragged_dot(self):
     check_dense(self.sizes.size)
@@ -96,6 +93,11 @@ class MGrouped:
   def _tokamax(self):
     tokamax = importlib.import_module("tokamax")
     return tokamax.ragged_dot, (*self._bf16(), self.sizes)
+
+
+@jax.jit  # Else in steps, some of which keep all of it in float32.
+def _dequantize(x):
+  return x.dequantize(jnp.bfloat16)
 
 
 def _ragged_dot_bf16(lhs, rhs, sizes):
@@ -200,7 +202,7 @@ class KGrouped:
       ]
     )
     lhs, rhs = (
-      jnp.take(x.dequantize(jnp.bfloat16), columns, axis=1).T
+      jnp.take(_dequantize(x), columns, axis=1).T
       for x in (self.lhs, self.rhs)
     )
     return lhs, rhs, self.sizes
