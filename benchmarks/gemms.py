@@ -202,8 +202,7 @@ class KGrouped:
       ]
     )
     lhs, rhs = (
-      jnp.take(_dequantize(x), columns, axis=1).T
-      for x in (self.lhs, self.rhs)
+      jnp.take(_dequantize(x), columns, axis=1).T for x in (self.lhs, self.rhs)
     )
     return lhs, rhs, self.sizes
 
