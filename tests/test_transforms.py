@@ -4,8 +4,10 @@ Operands are small integers and scales powers of two: quantisation loses
 nothing, products and sums are exact in any order, so results must be equal.
 """
 
+import collections
 import functools
 import itertools
+import re
 
 import chex
 import jax
@@ -27,6 +29,7 @@ from jax_grouped_gemm import (
   quantize_for_k_grouped,
   ragged_dot,
 )
+from jax_grouped_gemm.moe import MoeParams, moe_layer
 
 M, K, N, G = 12, 32, 48, 4
 BATCH = 2
@@ -444,6 +447,49 @@ def test_kernels_lower_for_cuda_without_a_gpu(transform, recipe):
 def test_gradients_compile_for_hopper(recipe):
   args = operands_of_kernels(recipe, at(FUNCTIONS["ragged_dot"][1], 0))
   compile_for_hopper(gradients(recipe, "mosaic_gpu"), *args)
+
+
+@pytest.mark.parametrize("layers", ["ragged_dot", "moe_layer"])
+def test_scanned_layers_run_each_kernel_once(layers):
+  # XLA runs a kernel twice where a scan stacks what others need, too.
+  tokens, d, groups, num_layers = 512, 256, 4, 3
+  sizes = jnp.full(groups, tokens // groups)
+
+  def product(x, w):
+    y = ragged_dot(x, w["gate_up"], sizes, implementation="mosaic_gpu")
+    return jax.nn.silu(y)
+
+  def layer(x, w):
+    params = MoeParams(w["router"], w["gate_up"], w["down"])
+    return moe_layer(x, params, 2, implementation="mosaic_gpu").out
+
+  def loss(weights, x):
+    body = product if layers == "ragged_dot" else layer
+    x, _ = jax.lax.scan(lambda x, w: (body(x, w), None), x, weights)
+    return jnp.sum(x.astype(jnp.float32) ** 2)
+
+  def shape(*dims):
+    return jax.ShapeDtypeStruct((num_layers, *dims), jnp.bfloat16)
+
+  width = d if layers == "ragged_dot" else 2 * d
+  weights = {
+    "router": shape(d, groups),
+    "gate_up": shape(groups, d, width),
+    "down": shape(groups, d, d),
+  }
+  x = jax.ShapeDtypeStruct((tokens, d), jnp.bfloat16)
+  text = compile_for_hopper(
+    jax.grad(loss, argnums=(0, 1)), weights, x
+  ).as_text()
+  # The calls name them; scans are loops, whose bodies are there once.
+  calls = re.findall(r"custom-call\(.*?(\w+)_sm90", text)
+  products = 1 if layers == "ragged_dot" else 2
+  assert collections.Counter(calls) == {
+    "quantize_weights": products,
+    "quantize_rows_and_tokens": 2 * products,
+    "m_grouped_gemm": 2 * products,
+    "k_grouped_gemm": products,
+  }
 
 
 # ---------------------------------------------------------------- checkify

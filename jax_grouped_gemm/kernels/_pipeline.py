@@ -222,6 +222,15 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
   return call
 
 
+def compute_once(out):
+  """Returns a kernel's results, for XLA to let them be.
+
+  Where jax.lax.scan stacks what is also used otherwise, such as residuals of a
+  layer, XLA (jax 0.11.2) runs the kernel twice, once to write to the stack.
+  """
+  return lax.optimization_barrier(out)
+
+
 def num_clusters(config) -> int:
   """Clusters of CTAs that are launched."""
   return (config.num_sms or num_sms()) // config.cluster

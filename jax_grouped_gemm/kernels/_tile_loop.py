@@ -9,7 +9,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from jax_grouped_gemm.kernels._pipeline import num_sms
+from jax_grouped_gemm.kernels import _pipeline
 
 
 def for_each_tile(num_tiles: int, num_slots: int, *stages):
@@ -43,9 +43,9 @@ def for_each_tile(num_tiles: int, num_slots: int, *stages):
 
 def launch(kernel, *, name: str, wgs: int, num_tiles: int, interpret, **types):
   """Returns the kernel, `wgs` warpgroups a CTA, as a function of operands."""
-  return plgpu.kernel(
+  run = plgpu.kernel(
     kernel,
-    grid=(min(num_sms(), pl.cdiv(num_tiles, wgs)),),
+    grid=(min(_pipeline.num_sms(), pl.cdiv(num_tiles, wgs)),),
     grid_names=("sm",),
     num_threads=wgs,
     thread_name="wg",
@@ -58,6 +58,7 @@ def launch(kernel, *, name: str, wgs: int, num_tiles: int, interpret, **types):
     interpret=plgpu.InterpretGPUParams() if interpret else None,
     **types,
   )
+  return lambda *operands: _pipeline.compute_once(run(*operands))
 
 
 def at_least(x, rows: int, cols: int):
