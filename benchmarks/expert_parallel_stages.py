@@ -26,17 +26,19 @@ from benchmarks.expert_parallel_layers import (
 from benchmarks.timing import measure_queued_us
 from jax_grouped_gemm import m_grouped_gemm, moe, quantize
 from jax_grouped_gemm.config import SCALE_BLOCK
-from jax_grouped_gemm.moe import exchange
-from jax_grouped_gemm.moe.permutation import dispatch_quantized
+from jax_grouped_gemm.moe import expert_parallel
+from jax_grouped_gemm.moe.exchange import send, send_back
 
 STAGES = (
   "route",
   "dispatch",
   "exchange",
+  "copy",
   "quantize",
   "gate/up",
   "activation",
   "down",
+  "sum",
   "exchange back",
   "combine",
 )
@@ -48,25 +50,26 @@ _CAPACITY_ALIGN = 128
 
 
 class Traffic(NamedTuple):
-  """Rows that devices exchange, known beforehand: routing is a benchmark's."""
+  """What devices exchange, known beforehand: routing is a benchmark's."""
 
-  counts: np.ndarray  # (chunks, sender, receiver)
+  copies: np.ndarray  # of tokens, (chunks, sender, receiver)
+  tokens: np.ndarray  # the same; each travels once
 
   @property
   def busiest(self) -> int:
     """Rows of the experts of the device that has most."""
-    return int(self.counts.sum(axis=(0, 1)).max())
+    return int(self.copies.sum(axis=(0, 1)).max())
 
   @property
   def capacity(self) -> int:
     """Of ExpertParallel, so that nothing is dropped from any chunk."""
-    most = int(self.counts.sum(axis=1).max())
-    return len(self.counts) * (most + -most % _CAPACITY_ALIGN)
+    most = int(self.copies.sum(axis=1).max())
+    return len(self.copies) * (most + -most % _CAPACITY_ALIGN)
 
   @property
   def exchanged(self) -> int:
-    """Rows that the device sends to others, or gets, which has most of them."""
-    pairs = self.counts.sum(axis=0)
+    """Tokens that the device sends to others, or gets, which has most."""
+    pairs = self.tokens.sum(axis=0)
     pairs = pairs * (1 - np.eye(len(pairs), dtype=pairs.dtype))
     return int(max(pairs.sum(axis=0).max(), pairs.sum(axis=1).max()))
 
@@ -81,29 +84,25 @@ def traffic(problem: Problem, mesh: Mesh, impl: Impl, x, params) -> Traffic:
   chunks = impl.options.get("chunks", 1)
   ends = [problem.tokens * i // chunks for i in range(1, chunks)]
   by_sender = receiver.reshape(problem.devices, problem.tokens, -1)
-  return Traffic(
-    np.array(
-      [
-        [np.bincount(r.ravel(), minlength=problem.devices) for r in chunk]
-        for chunk in np.split(by_sender, ends, axis=1)
-      ]
-    )
-  )
+  goes = by_sender[..., None] == np.arange(problem.devices)  # (s, t, k, r)
+
+  def of_chunks(counts):
+    return np.array([x.sum(axis=1) for x in np.split(counts, ends, axis=1)])
+
+  return Traffic(of_chunks(goes.sum(axis=2)), of_chunks(goes.any(axis=2)))
 
 
-def row_bytes(problem: Problem, impl: Impl) -> tuple[int, int]:
-  """Returns the bytes of a token on its way to an expert, and of a result."""
-  d = problem.sizes[2]
+def exchanged_bytes(problem: Problem, impl: Impl, tokens: int) -> int:
+  """Of so many: there and back, and in the backward pass once more."""
+  _, top_k, d, *_ = problem.sizes
+  row = there = 2 * d
   if impl.options.get("payload") == "fp8":
-    return -(-d // SCALE_BLOCK) * (SCALE_BLOCK + 4), 2 * d
-  return 2 * d, 2 * d
-
-
-def exchanged_bytes(problem: Problem, impl: Impl, rows: int) -> int:
-  """Of `rows` copies: there and back, and in the backward pass once more."""
-  there, back = row_bytes(problem, impl)
-  # Gradients are of the results' dtype, both ways.
-  return rows * (there + back + (2 * back if problem.has_backward else 0))
+    there = -(-d // SCALE_BLOCK) * (SCALE_BLOCK + 4)
+  weights = 4 * top_k  # And as many rows of copies.
+  token = there + 2 * weights + row
+  if problem.has_backward:  # Gradients are of the results' dtype, both ways.
+    token += 2 * row + weights
+  return tokens * token
 
 
 def measure_link(mesh: Mesh, iterations: int) -> dict:
@@ -151,40 +150,30 @@ def stages(problem, impl: Impl, mesh: Mesh, capacity, x, params, iterations):
 
   chosen, weights, _ = timed("route", routed, x, params)
 
-  def dispatched(x, chosen):
-    rows, permutation = moe.dispatch(x, chosen, e)
-    if is_fp8:
-      rows = dispatch_quantized(quantize(x, _BLOCKS), permutation)
-    return rows, permutation
+  to_fp8 = functools.partial(quantize, block_shape=_BLOCKS)
+  num_local = e // problem.devices
+  call = parallel.call(problem.tokens, top_k, num_local, problem.devices)
 
-  rows, permutation = timed("dispatch", dispatched, x, chosen)
+  def dispatched(x, chosen, weights):
+    _, plan, journey = parallel.plan(chosen, num_local)
+    tokens = expert_parallel.by_device(
+      journey, x, weights, to_fp8 if is_fp8 else None
+    )
+    return plan, journey, tokens
 
-  def sent(x, chosen, rows, group_sizes):
-    call, plan = parallel.plan(group_sizes, *chosen.shape, e // problem.devices)
-    if is_fp8:
-      floats = moe.dispatch(x, chosen, e)[0]  # Their dtype is what is read.
-      _, received = exchange.send_quantized(call, floats, rows, plan)
-    else:
-      received = exchange.send(call, rows, plan)
-    sizes = plan.kept[:, lax.axis_index(AXIS)].sum(axis=0)
-    return received, sizes, plan
-
-  received, sizes, plan = timed(
-    "exchange", sent, x, chosen, rows, permutation.group_sizes
-  )
+  plan, journey, tokens = timed("dispatch", dispatched, x, chosen, weights)
+  tokens = timed("exchange", functools.partial(send, call), tokens, plan)
+  copied = functools.partial(expert_parallel.copies_of, call)
+  rows, received, local = timed("copy", copied, plan, tokens)
   if not is_fp8:
-    received = timed("quantize", lambda x: quantize(x, _BLOCKS), received)
+    received = timed("quantize", to_fp8, rows)
+  sizes = local.group_sizes
   hidden = timed("gate/up", m_grouped_gemm, received, params.gate_up, sizes)
   activate = lambda x: quantize(moe.activate(x), _BLOCKS)
   hidden = timed("activation", activate, hidden)
   out = timed("down", m_grouped_gemm, hidden, params.down, sizes)
-
-  def sent_back(out, group_sizes, chosen, plan):
-    call, _ = parallel.plan(group_sizes, *chosen.shape, e // problem.devices)
-    return exchange.send_back(call, out, plan)
-
-  out = timed(
-    "exchange back", sent_back, out, permutation.group_sizes, chosen, plan
-  )
-  timed("combine", moe.combine, out, weights, permutation)
+  out = timed("sum", moe.combine, out, tokens.weights, local)
+  out = timed("exchange back", functools.partial(send_back, call), out, plan)
+  combined = lambda *args: expert_parallel.combine_devices(*args, x.dtype)
+  timed("combine", combined, out, journey.tokens)
   return times

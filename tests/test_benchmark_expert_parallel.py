@@ -54,9 +54,10 @@ def test_run_and_plot(tmp_path, monkeypatch):
   for row in (ours, bf16, chunks):
     exchanged = row["exchanged_bytes"] / link["gbps"] / 1e3
     assert row["bound_us"] == pytest.approx(exchanged + gemms, abs=0.1)
-  # 256 values of a byte and 2 scales of 4, or 2 bytes; 2 on the way back.
+  # 256 values of a byte and 2 scales of 4, or 2 bytes; 2 on the way back. With
+  # two weights and rows of copies.
   assert ours["exchanged_bytes"] / bf16["exchanged_bytes"] == (
-    pytest.approx((256 + 8 + 512) / 1024)
+    pytest.approx((256 + 8 + 16 + 512) / (16 + 1024))
   )
   assert main(["plot", str(path)]) == 0
   assert path.with_suffix(".png").stat().st_size > 10_000
@@ -71,9 +72,10 @@ def test_gradients(tmp_path, monkeypatch):
   assert row["tflops"] == pytest.approx(
     18 * 96 * 128 * 256 / row["us"] / 1e6, abs=0.1
   )
-  # There in FP8, back, and both once more in bfloat16.
-  rows = row["exchanged_bytes"] / (256 + 8 + 3 * 512)
-  assert 0 < rows == int(rows) < 96
+  # There in FP8, back, and both once more in bfloat16; with two weights, their
+  # gradients, and two rows of copies. Of 24 tokens of each device.
+  tokens = row["exchanged_bytes"] / (256 + 8 + 16 + 3 * 512 + 8)
+  assert 0 < tokens == int(tokens) <= 24
 
 
 def test_wrong_results_are_reported(tmp_path, monkeypatch):
@@ -89,11 +91,12 @@ def test_wrong_results_are_reported(tmp_path, monkeypatch):
 
 
 def test_traffic():
-  """Rows between devices, the busiest one, and what no chunk exceeds."""
-  counts = np.array([[[5, 300], [2, 7]], [[100, 10], [4, 3]]])
-  traffic = expert_parallel_stages.Traffic(counts)
+  """Tokens between devices, the busiest one, and what no chunk exceeds."""
+  copies = np.array([[[5, 300], [2, 7]], [[100, 10], [4, 3]]])
+  tokens = np.array([[[4, 100], [2, 5]], [[60, 9], [4, 2]]])
+  traffic = expert_parallel_stages.Traffic(copies, tokens)
   assert traffic.busiest == 300 + 7 + 10 + 3
-  assert traffic.exchanged == 310  # The first device sends so many.
+  assert traffic.exchanged == 109  # The first device sends so many.
   assert traffic.capacity == 2 * 384  # The first chunk fills 307 rows.
 
 

@@ -1,40 +1,57 @@
 """Experts spread over the devices of a mesh axis, inside jax.shard_map.
 
-Each device routes its own tokens, sends every copy to the device that holds its
-expert, and gets the results back. Rows arrive sorted by expert, and within an
-expert by sender, so that the experts' GEMMs take them as they are.
+Each device routes its own tokens and sends each once to every device that holds
+any of its experts. There its copies are sorted by expert, and within an expert
+by sender, and their weighted results added up, so that one row comes back.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int32
 
 from jax_grouped_gemm import implementation as implementations
-from jax_grouped_gemm.config import ROW_ALIGN
 from jax_grouped_gemm.manual_axes import vary_alike
-from jax_grouped_gemm.moe.exchange import (
+from jax_grouped_gemm.moe.exchange import Tokens, send, send_back
+from jax_grouped_gemm.moe.permutation import (
+  Permutation,
+  combine,
+  dispatch_quantized,
+  gather_copies,
+  sort_by_expert,
+)
+from jax_grouped_gemm.moe.plan import (
   Call,
   Plan,
+  arrange,
+  devices_of,
   make_plan,
-  send,
-  send_back,
-  send_quantized,
-)
-from jax_grouped_gemm.moe.permutation import (
-  combine,
-  dispatch,
-  dispatch_quantized,
+  rows_of_copies,
 )
 from jax_grouped_gemm.moe.routing import Routing
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 _EXCHANGES = ("ragged", "dense")
 _PAYLOADS = ("fp8", "bf16")
+
+
+class Journey(NamedTuple):
+  """What of a device's tokens travels.
+
+  Attributes:
+    tokens: how they are sorted by the devices that they go to.
+    rows_of_copies: of the sorted tokens, the rows of their copies there.
+    group_sizes: copies of them for each expert of all devices.
+  """
+
+  tokens: Permutation
+  rows_of_copies: Int32[Array, "t*j top_k"]
+  group_sizes: Int32[Array, "e"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +65,7 @@ class ExpertParallel:
   Attributes:
     axis_name: mesh axis that the experts are split over.
     data_axes: the other mesh axes that the tokens are split over.
-    capacity: rows that a device takes in. None: as many as there can be,
+    capacity: copies of tokens that a device takes in. None: all there can be,
       n * tokens * min(top_k, e/n), so that nothing is dropped; memory and the
       passes between the GEMMs grow with it, the GEMMs do not. Where more come,
       all senders and experts give way in proportion, later tokens first; what
@@ -61,13 +78,12 @@ class ExpertParallel:
       is the same bit for bit. The gradient of gate_up is made from what
       arrived, that is from tokens that were quantised before. "bf16": as they
       are, of whatever dtype. None: "fp8" if the forward products are FP8.
-      Results, and all gradients, travel as they are.
+      The sums that come back, and all gradients, are of the tokens' dtype.
     chunks: parts of a device's tokens that travel one after the other, so that
       XLA can exchange one while the experts multiply another; on GPUs it does
-      with --xla_gpu_enable_latency_hiding_scheduler=true, on the way back at
-      least, and on the way there too where nothing is fused. Each has
-      an equal share of the capacity. Float weights are quantised once for all
-      of them, their gradients added up.
+      with --xla_gpu_enable_latency_hiding_scheduler=true. Each has an equal
+      share of the capacity. Float weights are quantised once for all of them,
+      their gradients added up.
   """
 
   axis_name: str
@@ -143,80 +159,116 @@ class ExpertParallel:
     if self.payload == "bf16":
       quantize = None
     ends = [tokens * i // self.chunks for i in range(self.chunks + 1)]
-    outs, sizes, dropped = zip(
-      *(
-        self._run_chunk(
-          experts,
-          x[start:end],
-          routing.experts[start:end],
-          routing.weights[start:end],
-          num_local,
-          quantize,
-        )
-        for start, end in itertools.pairwise(ends)
-      ),
-      strict=True,
-    )
+    chunks = [
+      self._send_chunk(
+        x[start:end],
+        routing.experts[start:end],
+        routing.weights[start:end],
+        num_local,
+        quantize,
+      )
+      for start, end in itertools.pairwise(ends)
+    ]
+    outs, sizes, dropped = [], 0, 0
+    sums = back = None
+    for call, plan, journey, tokens in chunks:
+      if sums is not None:  # Awaited only when the chunk before is multiplied.
+        tokens, _ = lax.optimization_barrier((tokens, sums))
+      rows, quantized, local = copies_of(call, plan, tokens)
+      sums = experts(rows, local.group_sizes, quantized)
+      sums = combine(sums, tokens.weights, local)
+      if back is not None:  # Awaited only when this chunk is multiplied.
+        (back, sorted_tokens), sums = lax.optimization_barrier((back, sums))
+        outs.append(combine_devices(back, sorted_tokens, x.dtype))
+      back = send_back(call, sums, plan), journey.tokens
+      sizes += journey.group_sizes
+      dropped -= jnp.sum(plan.kept[lax.axis_index(self.axis_name)])
+    outs.append(combine_devices(*back, x.dtype))
     return (
       jnp.concatenate(outs),
-      lax.psum(sum(sizes), self.token_axes),
-      lax.psum(sum(dropped), self.token_axes),
+      lax.psum(sizes, self.token_axes),
+      lax.psum(jnp.sum(sizes) + dropped, self.token_axes),
+    )
+
+  def call(
+    self, tokens: int, top_k: int, num_local: int, num_devices: int
+  ) -> Call:
+    """Returns what is static in the exchange of so many tokens of a device."""
+    # Copies of a token go to different experts.
+    capacity = num_devices * tokens * min(top_k, num_local)
+    if self.capacity is not None:
+      capacity = -(-self.capacity // self.chunks)
+    return Call(
+      self.axis_name,
+      self.exchange or _default_exchange(),
+      tokens=tokens,
+      num_sent=tokens * min(top_k, num_devices),
+      capacity=capacity,
     )
 
   def plan(
-    self,
-    group_sizes: Int32[Array, "e"],
-    tokens: int,
-    top_k: int,
-    num_local: int,
-  ) -> tuple[Call, Plan]:
-    """Returns how the copies of one chunk's tokens are exchanged.
+    self, chosen: Int[Array, "t top_k"], num_local: int
+  ) -> tuple[Call, Plan, Journey]:
+    """Returns how tokens travel to their experts' devices.
 
     Args:
-      group_sizes: of all experts, copies of this device's tokens.
-      tokens: of this device.
-      top_k: copies of each.
+      chosen: their experts.
       num_local: experts of a device.
     """
-    num_devices = lax.axis_size(self.axis_name)
-    # Copies of a token go to different experts.
-    pair_bound = tokens * min(top_k, num_local)
-    capacity = num_devices * pair_bound
-    if self.capacity is not None:
-      capacity = -(-self.capacity // self.chunks)
-    sizes = lax.all_gather(group_sizes, self.axis_name)
-    sizes = sizes.reshape(num_devices, num_devices, num_local)
-    call = Call(
-      self.axis_name,
-      self.exchange or _default_exchange(),
-      num_rows=tokens * top_k,
-      # So many rows the kernels read without a copy.
-      capacity=capacity + -capacity % ROW_ALIGN,
-      pair_bound=pair_bound,
-    )
-    return call, make_plan(sizes, capacity)
+    n = lax.axis_size(self.axis_name)
+    call = self.call(*chosen.shape, num_local, n)
+    copies = sort_by_expert(chosen, n * num_local)
+    devices = devices_of(chosen, num_local, n)
+    tokens = sort_by_expert(devices, n)
+    sizes = jnp.concatenate([tokens.group_sizes, copies.group_sizes])
+    sizes = lax.all_gather(sizes, self.axis_name)
+    of_copies = sizes[:, n:].reshape(n, n, num_local)
+    plan = make_plan(sizes[:, :n], of_copies, call.capacity)
+    rows = rows_of_copies(call, plan, chosen, copies, devices)
+    rows = rows.reshape(-1, chosen.shape[1])[tokens.order]
+    return call, plan, Journey(tokens, rows, copies.group_sizes)
 
-  def _run_chunk(self, experts, x, chosen, weights, num_local: int, quantize):
-    """run of some tokens; sizes and dropped rows are those of this device."""
-    num_experts = num_local * lax.axis_size(self.axis_name)
-    rows, permutation = dispatch(x, chosen, num_experts)
-    group_sizes = permutation.group_sizes
-    call, plan = self.plan(group_sizes, *chosen.shape, num_local)
-    rows, plan = vary_alike(rows, plan)
-    quantized = None
-    if quantize is None:
-      received = send(call, rows, plan)
-    else:
-      tokens = quantize(lax.stop_gradient(x))  # rows have the gradient.
-      quantized = dispatch_quantized(tokens, permutation)
-      received, quantized = send_quantized(
-        call, *vary_alike(rows, quantized, plan)
-      )
-    me = lax.axis_index(self.axis_name)
-    out = experts(received, plan.kept[:, me].sum(axis=0), quantized)
-    out = send_back(call, out, plan)
-    out = combine(out, weights, permutation, x.dtype)
-    return out, group_sizes, jnp.sum(group_sizes) - jnp.sum(plan.kept[me])
+  def _send_chunk(self, x, chosen, weights, num_local: int, quantize):
+    """Returns how some tokens travel, and those that arrive."""
+    call, plan, journey = self.plan(chosen, num_local)
+    x, weights, plan, journey = vary_alike(x, weights, plan, journey)
+    tokens = by_device(journey, x, weights, quantize)
+    return call, plan, journey, send(call, *vary_alike(tokens, plan))
+
+
+def by_device(
+  journey: Journey,
+  x: Float[Array, "t d"],
+  weights: Float[Array, "t top_k"],
+  quantize: Callable[[Array], ScaledArray] | None,
+) -> Tokens:
+  """Returns the tokens sorted by the devices that they go to."""
+  quantized = None
+  if quantize is not None:
+    quantized = quantize(lax.stop_gradient(x))  # The rows have the gradient.
+    quantized = dispatch_quantized(quantized, journey.tokens)
+  rows, weights = (gather_copies(y, journey.tokens) for y in (x, weights))
+  weights = weights.astype(jnp.float32)
+  return Tokens(rows, quantized, weights, journey.rows_of_copies)
+
+
+def copies_of(
+  call: Call, plan: Plan, tokens: Tokens
+) -> tuple[Float[Array, "m d"], ScaledArray | None, Permutation]:
+  """Returns the copies of tokens that arrived, sorted by expert."""
+  local = arrange(call, plan, tokens.rows_of_copies)
+  quantized = tokens.quantized
+  if quantized is not None:
+    quantized = dispatch_quantized(quantized, local)
+  return gather_copies(tokens.rows, local), quantized, local
+
+
+def combine_devices(
+  sums: Float[Array, "t*j d"], sorted_tokens: Permutation, dtype: DTypeLike
+) -> Float[Array, "t d"]:
+  """Returns the results of this device's tokens, given what came back."""
+  once = jnp.ones(sorted_tokens.inverse.shape, jnp.float32)
+  return combine(sums, once, sorted_tokens, dtype)
 
 
 def _default_exchange() -> str:

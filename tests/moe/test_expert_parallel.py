@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from unquantized_paths import by_lax_ragged_dot
 
 from jax_grouped_gemm import Recipe, moe, quantize
-from jax_grouped_gemm.moe.exchange import _fit
+from jax_grouped_gemm.moe import exchange
 from jax_grouped_gemm.moe.permutation import dispatch_quantized
+from jax_grouped_gemm.moe.plan import _fit
 
 D, F, E, K = 32, 16, 16, 2
 T = 64  # of all devices
@@ -376,8 +377,10 @@ def emulated_ragged_all_to_all(
   return output
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("recipe", [Recipe(), BF16], ids=["fp8", "bf16"])
-def test_ragged_exchange_is_the_dense_one(recipe, monkeypatch):
+def test_ragged_exchange_is_the_dense_one(recipe, pieces, monkeypatch):
+  monkeypatch.setattr(exchange, "_SLICE_ROWS", T // 8 // pieces)
   options = dict(recipe=recipe, capacity=20)  # Not all is sent.
   dense_grads, dense = value_and_gradients(sharded((4, 2), **options))(
     PARAMS, X
@@ -427,10 +430,7 @@ def test_ragged_exchange_compiles_for_four_gpus():
 
 @pytest.mark.slow
 def test_a_chunk_travels_while_another_is_multiplied():
-  """As XLA's latency-hiding scheduler orders it for two GPUs.
-
-  With the activation fused, jax 0.11.2 does so on the way back only.
-  """
+  """As XLA's latency-hiding scheduler orders it for two GPUs."""
   gpus = Mesh(np.array(hopper.devices(2)), ("expert",))
   d, f, tokens = 1024, 768, 4096
   parallel = moe.ExpertParallel("expert", exchange="ragged", chunks=2)
@@ -441,7 +441,6 @@ def test_a_chunk_travels_while_another_is_multiplied():
         x,
         params,
         K,
-        fuse=False,
         parallel=parallel,
         implementation="mosaic_gpu",
       ).out
@@ -450,24 +449,31 @@ def test_a_chunk_travels_while_another_is_multiplied():
     in_specs=(specs, P("expert")),
     out_specs=P("expert"),
   )
-  args = [
-    jax.ShapeDtypeStruct(
-      shape, jnp.bfloat16, sharding=NamedSharding(gpus, spec)
+  weights = lambda *shape: quantize(jnp.zeros(shape), (1, 128, 128))
+  shapes = jax.eval_shape(
+    lambda: (
+      moe.MoeParams(jnp.zeros((d, E)), weights(E, 2 * f, d), weights(E, d, f)),
+      jnp.zeros((tokens, d), jnp.bfloat16),
     )
-    for shape, spec in (
-      ((d, E), P()),
-      ((E, d, 2 * f), P("expert")),
-      ((E, f, d), P("expert")),
-      ((tokens, d), P("expert")),
-    )
-  ]
-  traced = jax.jit(run).trace(moe.MoeParams(*args[:3]), args[3])
+  )
+  args = jax.tree.map(
+    lambda spec, tree: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(gpus, spec)
+      ),
+      tree,
+    ),
+    (specs, P("expert")),
+    shapes,
+  )
+  traced = jax.jit(run).trace(*args)
   compiled = traced.lower(lowering_platforms=("cuda",)).compile(
     compiler_options={"xla_gpu_enable_latency_hiding_scheduler": True}
   )
   text = compiled.as_text()
   schedule = text[text.index("ENTRY") :]
-  rows = 2 * (tokens // 2 // 2) * K  # that a chunk brings a device at most.
+  # That a chunk brings a device at most, and some that nothing comes to.
+  rows = 2 * (tokens // 2 // 2) * K + 8
 
   def first(pattern):
     return [m.start() for m in re.finditer(pattern, schedule)]
@@ -495,11 +501,14 @@ def test_ragged_exchange_lowers_for_gpus(payload):
   exchanged = re.findall(
     r"custom_call @ragged_all_to_all.*: \(tensor<\d+x(\w+)>", text
   )
-  # There and back, forward and backward: values of 128 columns and a scale, or
-  # rows.
-  rows = f"{D}xf32"
-  there = ["128xui8", "1xf32"] if payload == "fp8" else [rows]
-  assert sorted(exchanged) == sorted([*there, rows, rows, rows])
+  # There: values of 128 columns, or rows; and weights, rows of copies and, if
+  # quantised, a scale. Gradients: of sums there, of the others back; the sums
+  # themselves nobody wants.
+  rows, weights = f"{D}xf32", f"{K}xf32"
+  there = ["128xui8", f"{2 * K + 1}xui32"]
+  if payload == "bf16":
+    there = [rows, f"{2 * K}xui32"]
+  assert sorted(exchanged) == sorted([*there, rows, rows, weights])
 
 
 # ---------------------------------------------------------------- errors
