@@ -169,7 +169,7 @@ class ExpertParallel:
       )
       for start, end in itertools.pairwise(ends)
     ]
-    outs, sizes, dropped = [], 0, 0
+    outs, sizes, kept = [], 0, 0
     sums = back = None
     for call, plan, journey, tokens in chunks:
       if sums is not None:  # Awaited only when the chunk before is multiplied.
@@ -182,12 +182,12 @@ class ExpertParallel:
         outs.append(combine_devices(back, sorted_tokens, x.dtype))
       back = send_back(call, sums, plan), journey.tokens
       sizes += journey.group_sizes
-      dropped -= jnp.sum(plan.kept[lax.axis_index(self.axis_name)])
+      kept += jnp.sum(plan.kept[lax.axis_index(self.axis_name)])
     outs.append(combine_devices(*back, x.dtype))
     return (
       jnp.concatenate(outs),
       lax.psum(sizes, self.token_axes),
-      lax.psum(jnp.sum(sizes) + dropped, self.token_axes),
+      lax.psum(jnp.sum(sizes) - kept, self.token_axes),
     )
 
   def call(
