@@ -9,7 +9,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from jax_grouped_gemm.kernels import _pipeline
+from jax_grouped_gemm.kernels._pipeline import compute_once, num_sms
 
 
 def for_each_tile(num_tiles: int, num_slots: int, *stages):
@@ -45,7 +45,7 @@ def launch(kernel, *, name: str, wgs: int, num_tiles: int, interpret, **types):
   """Returns the kernel, `wgs` warpgroups a CTA, as a function of operands."""
   run = plgpu.kernel(
     kernel,
-    grid=(min(_pipeline.num_sms(), pl.cdiv(num_tiles, wgs)),),
+    grid=(min(num_sms(), pl.cdiv(num_tiles, wgs)),),
     grid_names=("sm",),
     num_threads=wgs,
     thread_name="wg",
@@ -58,7 +58,7 @@ def launch(kernel, *, name: str, wgs: int, num_tiles: int, interpret, **types):
     interpret=plgpu.InterpretGPUParams() if interpret else None,
     **types,
   )
-  return lambda *operands: _pipeline.compute_once(run(*operands))
+  return lambda *operands: compute_once(run(*operands))
 
 
 def at_least(x, rows: int, cols: int):
