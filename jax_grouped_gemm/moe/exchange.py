@@ -22,8 +22,9 @@ from jax_grouped_gemm.manual_axes import zeros
 from jax_grouped_gemm.moe.plan import Call, Plan, arrived
 from jax_grouped_gemm.scaled_array import ScaledArray
 
-# XLA's kernel for GPUs of one host gives each slice one block of threads
-# (jaxlib 0.11.2): so many keep a GPU busy, of so many rows at least.
+# XLA's kernel for GPUs of one host takes time as if each slice had one block of
+# threads (H200, jaxlib 0.11.2): so many should keep a GPU busy, of so many rows
+# at least.
 _SLICES = 1024
 _SLICE_ROWS = 32
 
