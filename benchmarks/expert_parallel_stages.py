@@ -26,8 +26,10 @@ from benchmarks.expert_parallel_layers import (
 from benchmarks.timing import measure_queued_us
 from jax_grouped_gemm import m_grouped_gemm, moe, quantize
 from jax_grouped_gemm.config import SCALE_BLOCK
+from jax_grouped_gemm.fused_quantization import quantize_activation
 from jax_grouped_gemm.moe import expert_parallel
 from jax_grouped_gemm.moe.exchange import send, send_back
+from jax_grouped_gemm.moe.prologue import Dispatched
 
 STAGES = (
   "route",
@@ -151,6 +153,7 @@ def stages(problem, impl: Impl, mesh: Mesh, capacity, x, params, iterations):
   chosen, weights, _ = timed("route", routed, x, params)
 
   to_fp8 = functools.partial(quantize, block_shape=_BLOCKS)
+  sorted_fp8 = functools.partial(Dispatched().quantize, implementation=None)
   num_local = e // problem.devices
   call = parallel.call(problem.tokens, top_k, num_local, problem.devices)
 
@@ -161,20 +164,22 @@ def stages(problem, impl: Impl, mesh: Mesh, capacity, x, params, iterations):
   def dispatched(x, chosen, weights):
     _, plan, journey = parallel.plan(chosen, num_local)
     tokens = expert_parallel.by_device(
-      journey, x, weights, to_fp8 if is_fp8 else None
+      journey, x, weights, sorted_fp8 if is_fp8 else None
     )
     return plan, journey, read(tokens)
 
   plan, journey, tokens = timed("dispatch", dispatched, x, chosen, weights)
   sent = lambda tokens, plan: read(send(call, tokens, plan))
   tokens = timed("exchange", sent, tokens, plan)
-  copied = functools.partial(expert_parallel.copies_of, call)
+  copied = functools.partial(
+    expert_parallel.copies_of, call, implementation=None
+  )
   rows, received, local = timed("copy", copied, plan, tokens)
   if not is_fp8:
     received = timed("quantize", to_fp8, rows)
   sizes = local.group_sizes
   hidden = timed("gate/up", m_grouped_gemm, received, params.gate_up, sizes)
-  activate = lambda x: quantize(moe.activate(x), _BLOCKS)
+  activate = functools.partial(quantize_activation, activation="swiglu")
   hidden = timed("activation", activate, hidden)
   out = timed("down", m_grouped_gemm, hidden, params.down, sizes)
   out = timed("sum", moe.combine, out, tokens.weights, local)

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
-from jax_grouped_gemm.manual_axes import zeros
+from jax_grouped_gemm import implementation as implementations
+from jax_grouped_gemm.kernels.uninitialized import uninitialized
+from jax_grouped_gemm.manual_axes import vary_alike, zeros
 from jax_grouped_gemm.moe.plan import Call, Plan, arrived
 from jax_grouped_gemm.scaled_array import ScaledArray
 
@@ -39,8 +41,9 @@ class Tokens(NamedTuple):
 
 
 def send(call: Call, tokens: Tokens, plan: Plan) -> Tokens:
-  """Tokens to the devices that they are for; what nobody fills is zero.
+  """Tokens to the devices that they are for.
 
+  What nobody fills is zero, of quantised rows the scales.
   Quantised rows travel in the place of the rows, which are what arrived,
   dequantised to their dtype. The gradient of rows and weights goes back to
   those; that of the quantised rows is ignored.
@@ -59,7 +62,8 @@ def _send_tokens(call: Call, floats, others, plan: Plan):
   words = [weights, rows_of_copies]
   if quantized is None:
     weights, rows_of_copies = _send_words(call, words, plan)
-    return (_send(call, rows, plan), weights), (None, rows_of_copies)
+    rows = _mask(_send(call, rows, plan), arrived(call, plan))
+    return (rows, weights), (None, rows_of_copies)
   # As bytes, which every collective moves.
   values = lax.bitcast_convert_type(quantized.values, jnp.uint8)
   values = lax.bitcast_convert_type(
@@ -69,7 +73,7 @@ def _send_tokens(call: Call, floats, others, plan: Plan):
   weights, rows_of_copies, scales = _send_words(call, words, plan)
   padding = 0, quantized.padding[1]  # The rows' is not sent.
   received = ScaledArray(values, scales, quantized.block_shape, padding)
-  rows = received.dequantize(rows.dtype)
+  rows = _mask(received.dequantize(rows.dtype), arrived(call, plan))
   return (rows, weights), (received, rows_of_copies)
 
 
@@ -98,7 +102,10 @@ def send_back(call: Call, rows, plan: Plan) -> Float[Array, "num_sent d"]:
 
 send_back.defvjp(
   lambda call, rows, plan: (_send_back(call, rows, plan), plan),
-  lambda call, plan, drows: (_send(call, drows, plan), None),
+  lambda call, plan, drows: (
+    _mask(_send(call, drows, plan), arrived(call, plan)),
+    None,
+  ),
 )
 
 
@@ -106,6 +113,7 @@ def _send_words(call: Call, arrays, plan: Plan):
   """Sends arrays of 32-bit elements side by side: small exchanges cost too."""
   words = [lax.bitcast_convert_type(x, jnp.uint32) for x in arrays]
   words = _send(call, jnp.concatenate(words, axis=1), plan)
+  words = _mask(words, arrived(call, plan))
   parts = jnp.split(words, np.cumsum([x.shape[1] for x in arrays])[:-1], axis=1)
   return [
     lax.bitcast_convert_type(part, x.dtype)
@@ -113,16 +121,25 @@ def _send_words(call: Call, arrays, plan: Plan):
   ]
 
 
+def _mask(rows, exist: Bool[Array, "m"]):
+  """Zeros in the place of rows that do not exist."""
+  return jnp.where(exist[:, None], rows, 0)
+
+
 def _send(call: Call, rows, plan: Plan):
+  """Returns what arrives; what nobody fills is anything."""
   is_ragged = call.exchange == "ragged"
   return (_send_ragged if is_ragged else _send_dense)(call, rows, plan)
 
 
 def _send_back(call: Call, rows, plan: Plan):
   is_ragged = call.exchange == "ragged"
-  return (_send_back_ragged if is_ragged else _send_back_dense)(
+  rows = (_send_back_ragged if is_ragged else _send_back_dense)(
     call, rows, plan
   )
+  row = jnp.arange(call.num_sent, dtype=jnp.int32)
+  me = lax.axis_index(call.axis_name)
+  return _mask(rows, row < jnp.sum(plan.tokens[me]))
 
 
 def _send_ragged(call: Call, rows, plan: Plan):
@@ -167,7 +184,7 @@ def _ragged_all_to_all(call: Call, rows, num_rows: int, slices):
   first, sizes = cut(sizes)
   return lax.ragged_all_to_all(
     rows,
-    zeros((num_rows, *rows.shape[1:]), rows.dtype, rows),
+    _buffer((num_rows, *rows.shape[1:]), rows),
     input_offsets=(starts[:, None] + first).reshape(-1),
     send_sizes=sizes.reshape(-1),
     output_offsets=(targets[:, None] + first).reshape(-1),
@@ -176,14 +193,20 @@ def _ragged_all_to_all(call: Call, rows, num_rows: int, slices):
   )
 
 
+def _buffer(shape: tuple[int, ...], like):
+  """An array to write to, of like's dtype."""
+  if implementations.choose(None, None) != "mosaic_gpu":
+    return zeros(shape, like.dtype, like)
+  return vary_alike(uninitialized(shape, like.dtype, like), like)[0]
+
+
 def _send_dense(call: Call, rows, plan: Plan):
   """Buffer r of a sender begins with its first row for receiver r."""
   me = lax.axis_index(call.axis_name)
   position = jnp.arange(call.tokens, dtype=jnp.int32)
   source = plan.sent_from[me][:, None] + position
   out = _all_to_all(call, _take_rows(rows, source))
-  out = out.reshape(-1, rows.shape[1])
-  return jnp.where(arrived(call, plan)[:, None], out, 0)
+  return out.reshape(-1, rows.shape[1])
 
 
 def _send_back_dense(call: Call, rows, plan: Plan):
@@ -196,8 +219,7 @@ def _send_back_dense(call: Call, rows, plan: Plan):
   first = plan.sent_from[me]
   receiver = jnp.sum(row[:, None] >= first[1:], axis=1)
   source = receiver * call.tokens + row - first[receiver]
-  was_sent = row < jnp.sum(plan.tokens[me])
-  return jnp.where(was_sent[:, None], _take_rows(buffers, source), 0)
+  return _take_rows(buffers, source)
 
 
 def _take_rows(rows: Shaped[Array, "n d"], index: Int32[Array, "..."]):

@@ -36,6 +36,8 @@ from jax_grouped_gemm.moe.plan import (
 from jax_grouped_gemm.moe.routing import Routing
 from jax_grouped_gemm.scaled_array import ScaledArray
 
+Quantize = Callable[[Float[Array, "t d"], Permutation], ScaledArray]
+
 _EXCHANGES = ("ragged", "dense")
 _PAYLOADS = ("fp8", "bf16")
 
@@ -121,7 +123,8 @@ class ExpertParallel:
     routing: Routing,
     num_experts: int,
     num_local: int,
-    quantize: Callable[[Array], ScaledArray] | None,
+    quantize: Quantize | None,
+    implementation: str | None,
   ) -> tuple[Float[Array, "t d"], Int32[Array, "e"], Int32[Array, ""]]:
     """out[t] = sum over i of weights[t, i] * its i-th expert of x[t].
 
@@ -132,7 +135,9 @@ class ExpertParallel:
       routing: of them.
       num_experts: on all devices along the axis.
       num_local: on each.
-      quantize: what the experts' first product does with rows; None if nothing.
+      quantize: gives tokens as a permutation sorts them, quantised as for the
+        experts' first product; None if it does not quantise.
+      implementation: of copying.
 
     Returns:
       The results, the group sizes of all devices, and how many rows were
@@ -174,7 +179,7 @@ class ExpertParallel:
     for call, plan, journey, tokens in chunks:
       if sums is not None:  # Awaited only when the chunk before is multiplied.
         tokens, _ = lax.optimization_barrier((tokens, sums))
-      rows, quantized, local = copies_of(call, plan, tokens)
+      rows, quantized, local = copies_of(call, plan, tokens, implementation)
       sums = experts(rows, local.group_sizes, quantized)
       sums = combine(sums, tokens.weights, local)
       if back is not None:  # Awaited only when this chunk is multiplied.
@@ -240,26 +245,25 @@ def by_device(
   journey: Journey,
   x: Float[Array, "t d"],
   weights: Float[Array, "t top_k"],
-  quantize: Callable[[Array], ScaledArray] | None,
+  quantize: Quantize | None,
 ) -> Tokens:
   """Returns the tokens sorted by the devices that they go to."""
   quantized = None
-  if quantize is not None:
-    quantized = quantize(lax.stop_gradient(x))  # The rows have the gradient.
-    quantized = dispatch_quantized(quantized, journey.tokens)
+  if quantize is not None:  # The rows have the gradient.
+    quantized = quantize(lax.stop_gradient(x), journey.tokens)
   rows, weights = (gather_copies(y, journey.tokens) for y in (x, weights))
   weights = weights.astype(jnp.float32)
   return Tokens(rows, quantized, weights, journey.rows_of_copies)
 
 
 def copies_of(
-  call: Call, plan: Plan, tokens: Tokens
+  call: Call, plan: Plan, tokens: Tokens, implementation: str | None
 ) -> tuple[Float[Array, "m d"], ScaledArray | None, Permutation]:
   """Returns the copies of tokens that arrived, sorted by expert."""
   local = arrange(call, plan, tokens.rows_of_copies)
   quantized = tokens.quantized
   if quantized is not None:
-    quantized = dispatch_quantized(quantized, local)
+    quantized = dispatch_quantized(quantized, local, implementation)
   return gather_copies(tokens.rows, local), quantized, local
 
 

@@ -11,8 +11,8 @@ from jax_grouped_gemm.moe.activation import Activation
 from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
 from jax_grouped_gemm.moe.grouped_mlp import Weights, grouped_mlp
 from jax_grouped_gemm.moe.permutation import combine, sort_by_expert
+from jax_grouped_gemm.moe.prologue import Dispatched
 from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
-from jax_grouped_gemm.quantization import quantize_rows
 from jax_grouped_gemm.quantized_weights import QuantizedWeights
 from jax_grouped_gemm.recipe import Recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
@@ -148,7 +148,7 @@ def moe_layer(
   else:
     is_scaled = isinstance(params.gate_up, ScaledArray)
     quantize = functools.partial(
-      quantize_rows,
+      Dispatched().quantize,
       power_of_two_scales=recipe.power_of_two_scales,
       implementation=implementation,
     )
@@ -159,6 +159,7 @@ def moe_layer(
       num_experts,
       params.gate_up.shape[0],
       quantize if is_scaled or recipe.forward == "fp8" else None,
+      implementation,
     )
   return MoeOutput(
     out.reshape(*tokens, d), *_losses(routing), group_sizes, dropped

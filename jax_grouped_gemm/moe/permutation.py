@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
+from jax_grouped_gemm import implementation as implementations
+from jax_grouped_gemm.kernels import copy_rows
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe.routing import count
 from jax_grouped_gemm.scaled_array import ScaledArray
@@ -65,11 +67,15 @@ def dispatch(
   return gather_copies(x, permutation), permutation
 
 
-def dispatch_quantized(x: ScaledArray, permutation: Permutation) -> ScaledArray:
+def dispatch_quantized(
+  x: ScaledArray, permutation: Permutation, implementation: str | None
+) -> ScaledArray:
   """dispatch of tokens (t, d) that are quantised by row. No gradient."""
   token = permutation.order // permutation.inverse.shape[1]
   padding = 0, x.padding[1]  # No copies of the padding rows.
-  return ScaledArray(x.values[token], x.scales[token], x.block_shape, padding)
+  x = lax.stop_gradient(x)
+  values = _take_rows(x.values, token, implementation)
+  return ScaledArray(values, x.scales[token], x.block_shape, padding)
 
 
 def sort_by_expert(
@@ -115,6 +121,28 @@ def _gather_copies_bwd(inverse, drows):
 
 
 _gather_copies.defvjp(_gather_copies_fwd, _gather_copies_bwd)
+
+
+def _take_rows(
+  x: Shaped[Array, "t d"],
+  index: Int[Array, "m"],
+  implementation: str | None,
+) -> Shaped[Array, "m d"]:
+  """x[index], for index in [0, t); by the kernel where it can."""
+  unsupported = copy_rows.unsupported(x.shape[1], x.dtype.itemsize)
+  if unsupported is not None or x.size * index.size == 0:
+    implementation = "xla"
+  implementation = implementations.choose(implementation, unsupported)
+  if implementation == "xla":
+    return x[index]
+  x, index = vary_alike(x, index.astype(jnp.int32))
+  interpret = implementation == "interpret"
+  out = copy_rows.copy_rows(
+    x if interpret else implementations.cuda_only(x),
+    index,
+    interpret=interpret,
+  )
+  return vary_alike(out, x)[0]
 
 
 def combine(
