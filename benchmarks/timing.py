@@ -149,6 +149,24 @@ def measure_us(fn, *args, iterations: int) -> float:
   return Program(fn, *args).measure(*args, iterations=iterations)[0]
 
 
+def measure_kernels_us(compiled, *args, iterations: int) -> float:
+  """Returns how long the kernels of a call run, the mean of its devices.
+
+  Of a compiled function, the median of the calls, as CUPTI reports them: the
+  gaps between kernels are not in it, the time that they wait for other devices
+  is. What is read may still be in the caches. Elsewhere than on GPUs as
+  measure_queued_us.
+  """
+  if jax.default_backend() != "gpu":
+    return measure_queued_us(compiled, *args, iterations=iterations)
+  from jax.experimental.mosaic.gpu import profiler
+
+  measure = profiler.measure(compiled)
+  devices = len(jax.tree.leaves(compiled.output_shardings)[0].device_set)
+  times = [measure(*args)[1] for _ in range(iterations)]
+  return 1e3 * statistics.median(times) / devices
+
+
 def measure_queued_us(compiled, *args, iterations: int) -> float:
   """Returns how long a call of a compiled function takes on all its devices.
 

@@ -5,6 +5,7 @@ them up in a fixed order: nothing scatters, so results are the same bits on
 every run, and the NaN of a token stays with that token.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -100,22 +101,26 @@ def sort_by_expert(
 
 
 def gather_copies(
-  x: Float[Array, "t d"], permutation: Permutation
+  x: Float[Array, "t d"],
+  permutation: Permutation,
+  implementation: str | None = "xla",
 ) -> Float[Array, "t*top_k d"]:
   """The rows that `dispatch` returns, given how they are sorted."""
-  return _gather_copies(*vary_alike(x, permutation.order, permutation.inverse))
+  return _gather_copies(
+    implementation, *vary_alike(x, permutation.order, permutation.inverse)
+  )
 
 
-@jax.custom_vjp
-def _gather_copies(x, order, inverse):
-  return x[order // inverse.shape[1]]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather_copies(implementation, x, order, inverse):
+  return _take_rows(x, order // inverse.shape[1], implementation)
 
 
-def _gather_copies_fwd(x, order, inverse):
-  return _gather_copies(x, order, inverse), inverse
+def _gather_copies_fwd(implementation, x, order, inverse):
+  return _gather_copies(implementation, x, order, inverse), inverse
 
 
-def _gather_copies_bwd(inverse, drows):
+def _gather_copies_bwd(implementation, inverse, drows):
   dx = drows[inverse].astype(_sum_dtype(drows)).sum(axis=1)
   return dx.astype(drows.dtype), None, None
 
