@@ -24,7 +24,7 @@ from jax_grouped_gemm import checks, manual_axes
 from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.manual_axes import vary_alike
-from jax_grouped_gemm.moe.prologue import Prologue, Rows
+from jax_grouped_gemm.moe.prologue import Activated, Prologue, Rows
 from jax_grouped_gemm.ops import m_grouped_gemm
 from jax_grouped_gemm.quantization import (
   quantize,
@@ -72,7 +72,7 @@ class Product:
     """
     fuse = self.fuse and prologue != Rows()
     if not fuse and prologue != Rows():
-      x = prologue.apply(x, index, "xla")
+      x = _made(prologue, x, index, self.implementation)
       prologue, index = Rows(), None
     x, index, rhs, quantized, group_sizes = vary_alike(
       x, index, rhs, quantized, group_sizes
@@ -108,6 +108,13 @@ class Product:
       quantized_rhs=quantized_rhs,
       implementation=self.implementation,
     )
+
+
+def _made(prologue: Prologue, x, index, implementation: str | None):
+  """Returns lhs, to be quantised or multiplied next."""
+  if isinstance(prologue, Activated):
+    implementation = "xla"  # Whose gradient is as fast as the kernel's.
+  return prologue.apply(x, index, implementation)
 
 
 def choose_fusion(
@@ -217,7 +224,7 @@ def _fused_forward(call: _Call, x, index, rhs, weights, group_sizes):
 
 def _fused_forward_fwd(call: _Call, x, index, rhs, weights, group_sizes):
   def unfused(x, rhs):
-    lhs = call.prologue.apply(x, index, "xla")
+    lhs = _made(call.prologue, x, index, call.product.implementation)
     return call.product.unfused(lhs, rhs, group_sizes, None, weights)
 
   return jax.vjp(unfused, x, rhs)

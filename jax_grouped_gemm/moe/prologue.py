@@ -60,7 +60,7 @@ class Dispatched:
 
   def apply(self, x, index: Permutation, implementation):
     """Part of the protocol."""
-    return gather_copies(x, index)
+    return gather_copies(x, index, implementation)
 
   def quantize(
     self, x, index: Permutation, *, implementation: str | None, **options
