@@ -9,6 +9,7 @@ from hopper import compile_for_hopper, spilled_bytes
 from jax_grouped_gemm import moe, quantize
 from jax_grouped_gemm.kernels import _tile_loop, copy_rows
 from jax_grouped_gemm.moe.permutation import dispatch_quantized
+from jax_grouped_gemm.moe.prologue import Dispatched
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +65,23 @@ def test_copies_of_quantised_tokens(interpreter, d):
   ):
     np.testing.assert_array_equal(np.float32(out.values), expected.values)
     np.testing.assert_array_equal(out.scales, expected.scales)
+
+
+@pytest.mark.parametrize("d", [256, 7])
+def test_gradient_of_copies(interpreter, d):
+  """By the kernel or, of rows that TMA cannot copy, without."""
+  x = jnp.asarray(RNG.standard_normal((24, d), np.float32))
+  dout = jnp.asarray(RNG.standard_normal((72, d), np.float32))
+  permutation = moe.sort_by_expert(RNG.integers(0, 7, (24, 3)), 6)
+
+  def run(implementation):
+    copy = lambda x: Dispatched().apply(x, permutation, implementation)
+    out, vjp = jax.vjp(copy, x)
+    return out, *vjp(dout)
+
+  with interpreter():
+    results = run("interpret")
+  jax.tree.map(np.testing.assert_array_equal, results, run("xla"))
 
 
 def test_what_tma_cannot_copy_xla_does():
