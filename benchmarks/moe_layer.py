@@ -5,6 +5,8 @@ same, few tokens) and "forward_backward" (float weights; gradients of tokens and
 of all weights). Tokens are normal random numbers, routed by a random router.
 "ours_unfused" writes token copies and activations before it quantises them; so
 does "ours" in a forward pass that a backward pass follows.
+"ours_quantized_weights" gets FP8 copies of the weights beside the floats, as
+for one of several microbatches.
 """
 
 import functools
@@ -24,9 +26,15 @@ from benchmarks.operands import Unsupported, check_dense
 from benchmarks.run import RESULTS, short_name, versions, write
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Program
-from jax_grouped_gemm import Recipe, moe, quantize
+from jax_grouped_gemm import Recipe, moe, quantize, quantize_weights
 
-IMPLS = ("ours", "ours_unfused", "ours_bf16", "lax_ragged_dot")
+IMPLS = (
+  "ours",
+  "ours_unfused",
+  "ours_quantized_weights",
+  "ours_bf16",
+  "lax_ragged_dot",
+)
 _CHECKED_TOKENS = 16
 # Largest |row - row of the reference| / |row of the reference|. As in
 # tests/test_gpu.py, a product of two FP8 factors is off by at most 2^-3 of
@@ -35,6 +43,7 @@ _CHECKED_TOKENS = 16
 _MAX_ROW_ERROR = {
   "ours": 2**-2,
   "ours_unfused": 2**-2,
+  "ours_quantized_weights": 2**-2,
   "ours_bf16": 2**-6,
   "lax_ragged_dot": 2**-6,
 }
@@ -157,11 +166,21 @@ def _ours(problem: Problem, impl: str):
   options = {
     "ours": {},
     "ours_unfused": dict(fuse=False),
+    "ours_quantized_weights": {},
     "ours_bf16": dict(recipe=Recipe.bf16()),
   }[impl]
-  return lambda x, params: (
-    moe.moe_layer(x, params, **options, **routing, **others).out
-  )
+
+  def layer(x, params, quantized=None):
+    return moe.moe_layer(
+      x,
+      params,
+      quantized_weights=quantized,
+      **options,
+      **routing,
+      **others,
+    ).out
+
+  return layer
 
 
 def _lax(problem: Problem):
@@ -199,13 +218,16 @@ def _layer(problem: Problem, impl: str):
 
 
 def _function(problem: Problem, impl: str):
-  """Returns fn(x, dout, params), of the result and, if asked, the gradients."""
+  """Returns fn(x, dout, params), of the result and, if asked, the gradients.
+
+  With quantised weights as a last argument where the layer takes them.
+  """
   layer = _layer(problem, impl)
   if not problem.has_backward:
     return lambda x, dout, params: (layer(x, params),)
 
-  def run(x, dout, params):
-    out, vjp = jax.vjp(layer, x, params)
+  def run(x, dout, params, *quantized):
+    out, vjp = jax.vjp(lambda x, p: layer(x, p, *quantized), x, params)
     return out, *vjp(dout)
 
   return run
@@ -276,20 +298,23 @@ def _measure(
     check_dense(problem.sizes[0])
   expected = _expected(problem)
   x, dout, params = _make(problem)
-  is_served = impl.startswith("ours") and impl != "ours_bf16"
-  is_served = is_served and not problem.has_backward
-  if is_served:
+  is_fp8 = impl.startswith("ours") and impl != "ours_bf16"
+  if is_fp8 and not problem.has_backward:
     params = _quantized(params)
+  args = x, dout, params
+  if impl == "ours_quantized_weights":
+    weights = params.gate_up, params.down
+    args = *args, tuple(map(quantize_weights, weights))
   if impl == "lax_ragged_dot":
     iterations = min(iterations, _DENSE_ITERATIONS)
-  program = Program(_function(problem, impl), x, dout, params)
-  results = program(x, dout, params)
+  program = Program(_function(problem, impl), *args)
+  results = program(*args)
   errors = [
     _row_error(got[_checked(problem)], want)
     for got, want in zip(results[:2], expected, strict=False)
   ]
   del results
-  us, kernels_us = program.measure(x, dout, params, iterations=iterations)
+  us, kernels_us = program.measure(*args, iterations=iterations)
   row = {
     "us": round(us, 2),
     "tflops": round(problem.flops / us / 1e6, 1),
@@ -343,6 +368,8 @@ def _run(args) -> int:
   for problem in tqdm(problems, desc="moe_layer", disable=None):
     e, top_k, d, f = problem.sizes
     for impl in ("ours", *args.peers):
+      if impl == "ours_quantized_weights" and not problem.has_backward:
+        continue  # The weights of "ours" are quantised, too.
       row = {
         "set": problem.set,
         "shape": problem.shape,

@@ -1,4 +1,8 @@
-"""The training step to time: a product of ragged_dot and both gradients."""
+"""The training step to time: a product of ragged_dot and both gradients.
+
+"ours_quantized_weights" gets its weights quantised beside the floats, as for
+one of several microbatches.
+"""
 
 import functools
 
@@ -8,9 +12,9 @@ import jax.numpy as jnp
 from benchmarks import oracle
 from benchmarks.operands import check_dense
 from benchmarks.shapes import Problem
-from jax_grouped_gemm import Recipe, ragged_dot
+from jax_grouped_gemm import Recipe, quantize_weights, ragged_dot
 
-IMPLS = ("ours", "ours_bf16", "lax_ragged_dot")
+IMPLS = ("ours", "ours_quantized_weights", "ours_bf16", "lax_ragged_dot")
 
 
 def _step(dot, lhs, rhs, dout, sizes):
@@ -28,10 +32,15 @@ def _ours(recipe: Recipe, implementation: str | None = None):
   return functools.partial(_step, dot)
 
 
+def _with_quantized(lhs, rhs, dout, sizes, quantized):
+  dot = functools.partial(ragged_dot, quantized_rhs=quantized)
+  return _step(dot, lhs, rhs, dout, sizes)
+
+
 class TrainStep:
   """out[r] = lhs[r] @ rhs[group of r], d(lhs), d(rhs); bf16 arrays in and out.
 
-  Quantisation is part of what is timed.
+  Quantisation is part of what is timed, but for weights that are given so.
   """
 
   def __init__(self, p: Problem, operands):
@@ -51,7 +60,8 @@ class TrainStep:
 
   def max_row_error(self, out, impl):
     """Of the three results, compared with XLA's, quantised in the same way."""
-    recipe = Recipe() if impl == "ours" else Recipe.bf16()
+    is_fp8 = impl in ("ours", "ours_quantized_weights")
+    recipe = Recipe() if is_fp8 else Recipe.bf16()
     worst, operands = jnp.float32(0), self.step_operands
     for i, result in enumerate(out):
       # One after the other: all at a time need more memory than some GPUs have.
@@ -64,6 +74,10 @@ class TrainStep:
     """Returns {implementation: function that returns (function, operands)}."""
     return {
       "ours": lambda: (_ours(Recipe()), self.step_operands),
+      "ours_quantized_weights": lambda: (
+        _with_quantized,
+        (*self.step_operands, quantize_weights(self.step_operands[1])),
+      ),
       "ours_bf16": lambda: (_ours(Recipe.bf16()), self.step_operands),
       "lax_ragged_dot": self._lax_ragged_dot,
     }
