@@ -7,10 +7,8 @@ import jax.numpy as jnp
 
 from benchmarks.timing import measure_us
 from jax_grouped_gemm import Recipe, m_grouped_gemm, moe, quantize, ragged_dot
-from jax_grouped_gemm.fused_quantization import (
-  quantize_activation,
-  quantize_gathered,
-)
+from jax_grouped_gemm.fused_quantization import quantize_activation
+from jax_grouped_gemm.moe.prologue import Dispatched
 
 STAGES = (
   "route",
@@ -34,11 +32,11 @@ def route(x, params, routing) -> moe.Routing:
   return moe.route_top_k(logits, expert_bias=params.expert_bias, **routing)
 
 
-def _fused_steps(num_experts: int, top_k: int, options):
+def _fused_steps(num_experts: int, options):
   """dispatch, quantize rows, activate, quantize hidden; see stage_times."""
   return (
     lambda x, experts: (x, moe.sort_by_expert(experts, num_experts)),
-    lambda x, permutation: quantize_gathered(x, permutation.order // top_k),
+    functools.partial(Dispatched().quantize, implementation=None),
     moe.add_bias,
     lambda hidden: quantize_activation(hidden, **options),
   )
@@ -71,7 +69,7 @@ def stage_times(impl: str, x, params, routing, options, iterations: int):
   is_fp8, is_fused = impl != "ours_bf16", impl == "ours"
   num_experts = params.router.shape[1]
   dispatch, quantize_rows, activate, quantize_hidden = (
-    _fused_steps(num_experts, routing["top_k"], options)
+    _fused_steps(num_experts, options)
     if is_fused
     else _steps(num_experts, options)
   )

@@ -19,8 +19,9 @@ from jax_grouped_gemm import (
 from jax_grouped_gemm.fused_quantization import (
   activation_gradient,
   quantize_activation,
-  quantize_gathered,
 )
+from jax_grouped_gemm.moe.permutation import sort_by_expert
+from jax_grouped_gemm.moe.prologue import Dispatched
 from jax_grouped_gemm.scaled_array import ScaledArray, expand_scales
 from jax_grouped_gemm.token_quantization import quantize_rows_and_tokens
 
@@ -28,7 +29,7 @@ from jax_grouped_gemm.token_quantization import quantize_rows_and_tokens
 class Problem(NamedTuple):
   """Rows or tokens (m, k), in blocks along k or m, or weights (g, k, n).
 
-  Of an activation and its gradient, (m, f); of a gather, the gathered rows.
+  Of an activation and its gradient, (m, f); of copies of tokens, the copies.
   """
 
   set: str
@@ -53,7 +54,7 @@ SHAPES = {
     Problem("weights", (256, 2048, 768)),
     *(
       Problem(name, dims)
-      for name in ("activation", "activation_backward", "gather")
+      for name in ("activation", "activation_backward", "copies")
       for dims in ((32768, 7168), (65536, 2048))
     ),
   ],
@@ -64,13 +65,13 @@ SHAPES = {
     Problem("weights", (1, 144, 64)),
     Problem("activation", (16, 256)),
     Problem("activation_backward", (16, 128)),
-    Problem("gather", (16, 256)),
+    Problem("copies", (16, 256)),
   ],
 }
 PEERS = ("xla",)
 _GROUPS = 8  # of the tokens, ragged.
 _ACTIVATION = "swiglu"
-_COPIES = 8  # of each row that is gathered, in random order.
+_COPIES, _EXPERTS = 8, 64  # Copies of each token.
 # The hardware's exponential function is not the CPU's: a rounded activation may
 # be the neighbour, then its FP8 value too. That many may.
 _MAX_DIFFERENT = 0.01
@@ -87,10 +88,11 @@ def _operands(problem: Problem):
     return (normal(0, m, 2 * k),)
   if problem.set == "activation_backward":
     return normal(0, m, 2 * k), normal(1, m, k)
-  if problem.set == "gather":
-    copies = jnp.arange(m, dtype=jnp.int32) // _COPIES
-    tokens = -(-m // _COPIES)
-    return normal(0, tokens, k), jax.random.permutation(keys[1], copies)
+  if problem.set == "copies":
+    tokens = m // _COPIES
+    scores = jax.random.uniform(keys[1], (tokens, _EXPERTS))
+    experts = jax.lax.top_k(scores, _COPIES)[1]
+    return normal(0, tokens, k), sort_by_expert(experts, _EXPERTS)
   return (normal(0, *batch, m, k),)
 
 
@@ -100,7 +102,7 @@ def _function(problem: Problem, implementation: str):
     "activation_backward": lambda x, dout, **kw: activation_gradient(
       x, dout, _ACTIVATION, **kw
     ),
-    "gather": quantize_gathered,
+    "copies": Dispatched().quantize,
   }
   if problem.set in fused:
     return functools.partial(fused[problem.set], implementation=implementation)
@@ -185,12 +187,12 @@ def _verify(problem: Problem, impl: str, out, expected) -> dict:
 
 
 def _num_bytes(problem: Problem, operands, out) -> int:
-  """Read and written; a gathered row as often as it is copied."""
-  read = sum(x.nbytes for x in operands)
-  if problem.set == "gather":
-    x, index = operands
-    read = index.size * x.nbytes // x.shape[0] + index.nbytes
-  return read + sum(x.nbytes for x in jax.tree.leaves(out))
+  """Read and written; of a permutation, where the copies go."""
+  if problem.set == "copies":
+    x, permutation = operands
+    operands = x, permutation.inverse
+  arrays = jax.tree.leaves((operands, out))
+  return sum(x.nbytes for x in arrays)
 
 
 def _copy_row(iterations: int) -> dict:

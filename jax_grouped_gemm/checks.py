@@ -66,11 +66,6 @@ def unsupported_by_activation(gate_up) -> str | None:
   return _unsupported_input("f", gate_up.shape[1] // 2, gate_up.dtype)
 
 
-def unsupported_by_gather(x) -> str | None:
-  """Returns what of the rows x (t, k) the kernel that gathers cannot do."""
-  return _unsupported_input("k", x.shape[1], x.dtype)
-
-
 def unsupported_by_fusion(x, f: int) -> str | None:
   """Returns what of an MLP of x (m, d), f wide, cannot be fused."""
   if x.dtype != jnp.bfloat16:

@@ -9,14 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jax_grouped_gemm import checks
 from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.kernels import _activations
 from jax_grouped_gemm.kernels import activation_backward as backward_kernel
-from jax_grouped_gemm.kernels import gather as gather_kernel
 from jax_grouped_gemm.kernels import quantize as quantize_kernel
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.quantization import quantize, rows_of_kernel
@@ -138,60 +137,6 @@ def _activation_gradient(gate_up, dout, *, activation: str, interpret: bool):
     interpret=interpret,
   )
   return vary_alike(out, gate_up)[0]
-
-
-def quantize_gathered(
-  x: Float[Array, "t k"],
-  index: Int[Array, "m"],
-  *,
-  dtype: DTypeLike = jnp.float8_e4m3fn,
-  power_of_two_scales: bool = False,
-  implementation: str | None = None,
-) -> ScaledArray:
-  """quantize(x[index], (1, 128)), in one pass, x (t, k) -> (m, k).
-
-  Args:
-    x: the rows to choose from, at least one.
-    index: of the chosen rows; one outside [0, t) means the nearest inside.
-    dtype: as in quantize.
-    power_of_two_scales: as in quantize.
-    implementation: as in m_grouped_gemm. The kernel takes bfloat16 and float32
-      rows of a multiple of 16 columns.
-  """
-  x, dtype = checks.check_quantize(x, dtype, implementation)
-  index = jnp.asarray(index)
-  if x.ndim != 2 or index.ndim != 1 or x.shape[0] < min(1, index.size):
-    raise ValueError(
-      f"x must be (t, k), t > 0, and index (m,), got {x.shape} and "
-      f"{index.shape}"
-    )
-  if not jnp.issubdtype(index.dtype, jnp.integer):
-    raise TypeError(f"index must be integers, got {index.dtype}")
-  implementation = implementations.choose(
-    implementation, checks.unsupported_by_gather(x)
-  )
-  x, index = vary_alike(x, index)
-  index = jnp.clip(index, 0, x.shape[0] - 1).astype(jnp.int32)
-  static = dict(dtype=dtype, power_of_two_scales=power_of_two_scales)
-  if implementation == "xla" or x.size * index.size == 0:
-    return quantize(x[index], _BLOCKS, implementation="xla", **static)
-  return _quantize_gathered(
-    x, index, interpret=implementation == "interpret", **static
-  )
-
-
-@functools.partial(
-  jax.jit, static_argnames=("dtype", "power_of_two_scales", "interpret")
-)
-def _quantize_gathered(x, index, *, interpret: bool, **static) -> ScaledArray:
-  """quantize_gathered, by the kernel."""
-  values, scales = gather_kernel.quantize_gathered(
-    x if interpret else implementations.cuda_only(x),
-    index,
-    interpret=interpret,
-    **static,
-  )
-  return rows_of_kernel(values, scales, (index.shape[0], x.shape[1]), x)
 
 
 def _halves(gate_up):

@@ -18,8 +18,9 @@ from jax_grouped_gemm.fused_quantization import (
   ACTIVATIONS,
   activation_gradient,
   quantize_activation,
-  quantize_gathered,
 )
+from jax_grouped_gemm.kernels import copy_rows
+from jax_grouped_gemm.moe.prologue import Dispatched
 from jax_grouped_gemm.scaled_array import expand_scales
 
 pytestmark = pytest.mark.gpu
@@ -128,19 +129,28 @@ def test_gradient(activation, m, f):
 @dtypes
 @pytest.mark.parametrize("x_dtype", [BF16, F32])
 @pytest.mark.parametrize(
-  "t, k, m", [(1, 16, 1), (3, 128, 9), (300, 400, 77), (1000, 2880, 5003)]
+  "t, k, top_k", [(1, 16, 1), (3, 128, 9), (300, 400, 3), (4096, 7168, 8)]
 )
-def test_gather(t, k, m, x_dtype, dtype, power_of_two):
+def test_copies(t, k, top_k, x_dtype, dtype, power_of_two):
   x = jnp.asarray(hostile(t, k)).astype(x_dtype)
-  index = np.random.default_rng(0).integers(0, t, m)
+  experts = np.random.default_rng(0).integers(0, 17, (t, top_k))
+  permutation = moe.sort_by_expert(experts, 16)  # Some go to nobody.
   static = dict(dtype=dtype, power_of_two_scales=power_of_two)
-  check(lambda x, **kw: quantize_gathered(x, index, **static, **kw), x)
+  quantize = functools.partial(Dispatched().quantize, index=permutation)
+  check(lambda x, **kw: quantize(x, **static, **kw), x)
 
 
-def test_large_gather():
-  x = jax.random.normal(jax.random.key(0), (4096, 7168), BF16)
-  index = np.random.default_rng(0).integers(0, 4096, 32768)
-  check(lambda x, **kw: quantize_gathered(x, index, **kw), x)
+@pytest.mark.parametrize("dtype", [jnp.uint8, BF16, F32])
+@pytest.mark.parametrize("t, k, copies", [(5, 720, 3), (16384, 4096, 4)])
+def test_copies_that_go_nowhere(t, k, copies, dtype):
+  """Nothing is written for them; other rows are theirs."""
+  x = jnp.asarray(np.random.default_rng(0).integers(0, 200, (t, k)), dtype)
+  m = t * copies // 2
+  places = np.random.default_rng(1).permutation(t * copies)
+  rows = np.where(places < m, places, m + places % 2).astype(np.int32)
+  out = copy_rows.copy_rows(x, rows.reshape(t, copies), m)
+  source = np.argsort(places)[:m] // copies
+  assert bool((out == x[source]).all())
 
 
 # ---------------------------------------------------------------- the layer

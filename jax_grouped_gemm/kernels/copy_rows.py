@@ -1,14 +1,14 @@
-"""Rows gathered for Hopper, by TMA alone.
+"""Rows copied to several places for Hopper, by TMA alone.
 
-    out[i] = x[index[i]]        x (t, k), out (m, k), row-major
+    out[rows[t, i]] = x[t]        x (t, k), out (m, k), row-major
 
-A row is seen as (blocks, cols), so that one copy moves all of it, or 16 KB of
-it: TMA copies 256 elements at most along each axis. No element passes through
-registers.
+Each row is read once, however many copies there are. It is seen as (blocks,
+cols), so that one TMA copy moves all of it, or 16 KB of it: TMA copies 256
+elements at most along each axis. No element passes through registers.
 
 Each warpgroup works for itself, on every n-th tile of (tile_rows, tile_blocks):
-  wait full[slot] | slot -> out | wait until the tile before is out
-                                | x -> the slot it was in
+  wait full[slot] | slot -> rows of out | wait until the tile before is out
+                                        | x -> the slot it was in
 """
 
 import functools
@@ -27,7 +27,7 @@ from jax_grouped_gemm.kernels._pipeline import Ref
 _WGS = 4  # warpgroups of a CTA.
 _SLOTS = 3  # tiles of each of them.
 _TILE_BYTES = 16384
-_TILE_ROWS = 16  # at most: that many numbers of rows are in registers.
+_TILE_COPIES = 32  # at most: the numbers of their rows are in registers.
 _MAX_BOX = 256  # elements that TMA copies along an axis.
 _TMA_ALIGN = 16  # bytes
 
@@ -36,18 +36,18 @@ class _Refs(NamedTuple):
   """Refs of the kernel: operands in GMEM, slots in SMEM, barriers."""
 
   x_gmem: Ref  # (t, blocks, cols)
-  index_gmem: Ref  # (m in whole tiles,) i32
+  rows_gmem: Ref  # (t in whole tiles * copies,) i32
   out_gmem: Ref  # (m, blocks, cols)
   x_smem: Ref  # (wg, slots, tile_rows, tile_blocks, cols)
-  full: Ref  # (wg * slots,): an arrival per row
+  full: Ref  # (wg * slots,)
 
 
-def _kernel(*operands, **scratch):
+def _kernel(*operands, copies: int, m: int, interpret: bool, **scratch):
   refs = _Refs(*operands, **scratch)
   wg = lax.axis_index("wg")
   _, slots, tile_rows, tile_blocks, _ = refs.x_smem.shape
   parts = refs.x_gmem.shape[1] // tile_blocks
-  num_tiles = refs.index_gmem.shape[0] // tile_rows * parts
+  num_tiles = refs.rows_gmem.shape[0] // (tile_rows * copies) * parts
 
   def place(tile):
     """Returns the tile's first row, and its blocks."""
@@ -56,22 +56,30 @@ def _kernel(*operands, **scratch):
 
   def load(tile, slot):
     row, blocks = place(tile)
-    # All before the first copy, so that they are on their way together.
-    sources = [refs.index_gmem[row + i] for i in range(tile_rows)]
-    for i, source in enumerate(sources):
-      plgpu.copy_gmem_to_smem(
-        refs.x_gmem.at[pl.ds(source, 1), blocks],
-        refs.x_smem.at[wg, slot, pl.ds(i, 1)],
-        refs.full.at[wg * slots + slot],
-      )
+    plgpu.copy_gmem_to_smem(
+      refs.x_gmem.at[pl.ds(row, tile_rows), blocks],
+      refs.x_smem.at[wg, slot],
+      refs.full.at[wg * slots + slot],
+    )
 
   def store(tile, slot):
     row, blocks = place(tile)
+    # All before the first copy, so that they are on their way together.
+    targets = [
+      refs.rows_gmem[row * copies + i] for i in range(tile_rows * copies)
+    ]
     plgpu.barrier_wait(refs.full.at[wg * slots + slot])
-    plgpu.copy_smem_to_gmem(
-      refs.x_smem.at[wg, slot],
-      refs.out_gmem.at[pl.ds(row, tile_rows), blocks],
-    )
+    for i, target in enumerate(targets):
+
+      @pl.when(target < m)
+      def _(i=i, target=target):
+        plgpu.copy_smem_to_gmem(
+          refs.x_smem.at[wg, slot, pl.ds(i // copies, 1)],
+          refs.out_gmem.at[pl.ds(target, 1), blocks],
+          commit_group=False,
+        )
+
+    plgpu.commit_smem_to_gmem_group()
 
   stride = lax.axis_size("sm") * lax.axis_size("wg")
   first = lax.axis_index("sm") * lax.axis_size("wg") + wg
@@ -82,8 +90,9 @@ def _kernel(*operands, **scratch):
 
   def step(i, _):
     store(first + i * stride, lax.rem(i, slots))
-    # All stores but this one have read their slots.
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    # The copies of the tile before have read their slot. The interpreter counts
+    # copies, not groups, of which a tile has one, be it empty.
+    plgpu.wait_smem_to_gmem(0 if interpret else 1, wait_read_only=True)
     then = i + ahead
     pl.when(then < count)(
       functools.partial(load, first + then * stride, lax.rem(then, slots))
@@ -122,27 +131,34 @@ def unsupported(k: int, itemsize: int) -> str | None:
 
 
 def copy_rows(
-  x: Shaped[Array, "t k"], index: Int32[Array, "m"], *, interpret: bool = False
+  x: Shaped[Array, "t_stored k"],
+  rows: Int32[Array, "t copies"],
+  m: int,
+  *,
+  interpret: bool = False,
 ) -> Shaped[Array, "m k"]:
-  """Returns x[index]. What is not in [0, t) gathers zeros."""
-  (t, k), m = x.shape, index.shape[0]
+  """Returns out; what no copy goes to is left as it was in memory.
+
+  A copy whose row is m or more goes nowhere. x may have more rows.
+  """
+  (t, copies), k = rows.shape, x.shape[1]
   tile_blocks, cols = _box(k, x.dtype.itemsize)
   blocks = k // cols
   tile_rows = _TILE_BYTES // (tile_blocks * cols * x.dtype.itemsize)
-  tile_rows = min(tile_rows, _TILE_ROWS, m)
-  index = jnp.pad(index, (0, -m % tile_rows), constant_values=t)
+  tile_rows = max(1, min(tile_rows, _TILE_COPIES // copies, t))
+  rows = jnp.pad(rows, ((0, -t % tile_rows), (0, 0)), constant_values=m)
   # Mosaic drops dimensions of size 1, and the rows' numbers with them.
   x = _tile_loop.at_least(x, 2, k).reshape(-1, blocks, cols)
   out = _tile_loop.launch(
-    _kernel,
-    out_type=jax.ShapeDtypeStruct((m, blocks, cols), x.dtype),
+    functools.partial(_kernel, copies=copies, m=m, interpret=interpret),
+    out_type=jax.ShapeDtypeStruct((max(m, 2), blocks, cols), x.dtype),
     scratch_types=dict(
       x_smem=plgpu.SMEM((_WGS, _SLOTS, tile_rows, tile_blocks, cols), x.dtype),
-      full=plgpu.Barrier(num_arrivals=tile_rows, num_barriers=_WGS * _SLOTS),
+      full=plgpu.Barrier(num_barriers=_WGS * _SLOTS),
     ),
     name="copy_rows_sm90",
     wgs=_WGS,
-    num_tiles=index.shape[0] // tile_rows * (blocks // tile_blocks),
+    num_tiles=rows.shape[0] // tile_rows * (blocks // tile_blocks),
     interpret=interpret,
-  )(x, index)
-  return out.reshape(m, k)
+  )(x, rows.reshape(-1))
+  return out.reshape(-1, k)[:m]

@@ -264,7 +264,8 @@ def copies_of(
   quantized = tokens.quantized
   if quantized is not None:
     quantized = dispatch_quantized(quantized, local, implementation)
-  return gather_copies(tokens.rows, local), quantized, local
+  rows = gather_copies(tokens.rows, local, implementation)
+  return rows, quantized, local
 
 
 def combine_devices(

@@ -1,6 +1,6 @@
 """Products whose lhs is quantised as it is made, without a copy in between.
 
-What makes lhs of its operand, an activation or a gather of rows, is its
+What makes lhs of its operand, an activation or copies of rows, is its
 prologue. Only the quantised rows of lhs are written in the forward pass; the
 backward pass makes lhs once more, for the gradient of rhs. Without fusion, a
 prologue is applied, and ragged_dot multiplies what it gives.

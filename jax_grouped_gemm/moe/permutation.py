@@ -1,8 +1,8 @@
 """Copies of tokens, sorted by expert, and back.
 
-Both directions, and their gradients, gather rows along a permutation and add
-them up in a fixed order: nothing scatters, so results are the same bits on
-every run, and the NaN of a token stays with that token.
+Both directions, and their gradients, copy rows along a permutation and add them
+up in a fixed order: no two writes meet, so results are the same bits on every
+run, and the NaN of a token stays with that token.
 """
 
 import functools
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
@@ -72,11 +73,12 @@ def dispatch_quantized(
   x: ScaledArray, permutation: Permutation, implementation: str | None
 ) -> ScaledArray:
   """dispatch of tokens (t, d) that are quantised by row. No gradient."""
-  token = permutation.order // permutation.inverse.shape[1]
+  order, inverse = permutation.order, permutation.inverse
   padding = 0, x.padding[1]  # No copies of the padding rows.
   x = lax.stop_gradient(x)
-  values = _take_rows(x.values, token, implementation)
-  return ScaledArray(values, x.scales[token], x.block_shape, padding)
+  values = _copy_rows(x.values, order, inverse, implementation)
+  scales = x.scales[order // inverse.shape[1]]
+  return ScaledArray(values, scales, x.block_shape, padding)
 
 
 def sort_by_expert(
@@ -92,7 +94,9 @@ def sort_by_expert(
   keys = jnp.where(inside, experts, num_experts).astype(jnp.int32)
   copies = lax.iota(jnp.int32, keys.size)
   (copies,) = vary_alike(copies, keys)[:1]
-  _, order = lax.sort((keys.reshape(-1), copies), num_keys=1, is_stable=True)
+  # XLA sorts on GPUs in a pass for each byte of the keys.
+  short = keys.reshape(-1).astype(np.min_scalar_type(num_experts))
+  _, order = lax.sort((short, copies), num_keys=1, is_stable=True)
   # Every row is written once: no two writes meet.
   inverse = jnp.zeros_like(order).at[order].set(copies, unique_indices=True)
   return Permutation(
@@ -113,7 +117,7 @@ def gather_copies(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather_copies(implementation, x, order, inverse):
-  return _take_rows(x, order // inverse.shape[1], implementation)
+  return _copy_rows(x, order, inverse, implementation)
 
 
 def _gather_copies_fwd(implementation, x, order, inverse):
@@ -128,23 +132,28 @@ def _gather_copies_bwd(implementation, inverse, drows):
 _gather_copies.defvjp(_gather_copies_fwd, _gather_copies_bwd)
 
 
-def _take_rows(
-  x: Shaped[Array, "t d"],
-  index: Int[Array, "m"],
+def _copy_rows(
+  x: Shaped[Array, "t_stored d"],
+  order: Int32[Array, "m"],
+  inverse: Int32[Array, "t top_k"],
   implementation: str | None,
 ) -> Shaped[Array, "m d"]:
-  """x[index], for index in [0, t); by the kernel where it can."""
+  """x[order // top_k]; by the kernel where it can.
+
+  The kernel leaves rows that no copy has as they were in memory.
+  """
   unsupported = copy_rows.unsupported(x.shape[1], x.dtype.itemsize)
-  if unsupported is not None or x.size * index.size == 0:
+  if unsupported is not None or x.size * order.size == 0:
     implementation = "xla"
   implementation = implementations.choose(implementation, unsupported)
   if implementation == "xla":
-    return x[index]
-  x, index = vary_alike(x, index.astype(jnp.int32))
+    return x[order // inverse.shape[1]]
   interpret = implementation == "interpret"
+  x, inverse = vary_alike(x, inverse)
   out = copy_rows.copy_rows(
     x if interpret else implementations.cuda_only(x),
-    index,
+    inverse,
+    len(order),
     interpret=interpret,
   )
   return vary_alike(out, x)[0]

@@ -38,8 +38,8 @@ class Call:
 
   @property
   def no_row(self) -> int:
-    """The row of copies that are not there."""
-    return self.rows - 1
+    """The row of copies that are not there: none, but gathers take the last."""
+    return self.rows
 
 
 class Plan(NamedTuple):
@@ -127,8 +127,8 @@ def arrange(
 ) -> Permutation:
   """How the copies of tokens that arrived are sorted by expert.
 
-  A copy that is not for this device, or has no room, has the last row, which
-  is past the sum of the group sizes always.
+  A copy that is not for this device, or has no room, has no row; gathers take
+  the last one for it, which is past the sum of the group sizes always.
   """
   me = lax.axis_index(call.axis_name)
   inverse = jnp.where(arrived(call, plan)[:, None], rows_of_copies, call.no_row)

@@ -5,14 +5,14 @@ from typing import Protocol
 
 from jaxtyping import Array, Float
 
-from jax_grouped_gemm import checks
-from jax_grouped_gemm.fused_quantization import (
-  quantize_activation,
-  quantize_gathered,
-)
+from jax_grouped_gemm.fused_quantization import quantize_activation
 from jax_grouped_gemm.moe.activation import Activation, activate
-from jax_grouped_gemm.moe.permutation import Permutation, gather_copies
-from jax_grouped_gemm.quantization import quantize_rows, where_supported
+from jax_grouped_gemm.moe.permutation import (
+  Permutation,
+  dispatch_quantized,
+  gather_copies,
+)
+from jax_grouped_gemm.quantization import quantize_rows
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 
@@ -66,11 +66,6 @@ class Dispatched:
     self, x, index: Permutation, *, implementation: str | None, **options
   ):
     """Part of the protocol."""
-    return quantize_gathered(
-      x,
-      index.order // index.inverse.shape[1],
-      implementation=where_supported(
-        implementation, checks.unsupported_by_gather(x)
-      ),
-      **options,
-    )
+    # Each token once, and the copies in FP8.
+    quantized = quantize_rows(x, implementation=implementation, **options)
+    return dispatch_quantized(quantized, index, implementation)

@@ -1,4 +1,4 @@
-"""Quantisation fused with activation or gather, and an activation's gradient.
+"""Quantisation fused with activation, and an activation's gradient.
 
 Bit for bit what XLA gives step by step; in the interpreter, races included.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from hopper import compile_for_hopper, spilled_bytes
-from test_quantize_kernels import E4M3, E5M2, bits, dtypes, hostile
+from test_quantize_kernels import E4M3, E5M2, bits, hostile
 
 from jax_grouped_gemm import quantize
 from jax_grouped_gemm.fused_quantization import (
@@ -19,11 +19,9 @@ from jax_grouped_gemm.fused_quantization import (
   activate,
   activation_gradient,
   quantize_activation,
-  quantize_gathered,
 )
 from jax_grouped_gemm.kernels import _tile_loop
 from jax_grouped_gemm.kernels import activation_backward as backward_kernel
-from jax_grouped_gemm.kernels import gather as gather_kernel
 from jax_grouped_gemm.kernels import quantize as rows_kernel
 
 pytestmark = pytest.mark.slow
@@ -59,7 +57,7 @@ def equal(out, expected):
 @pytest.fixture
 def few_warpgroups(monkeypatch):
   """So that each has more tiles than slots."""
-  for kernel in (rows_kernel, backward_kernel, gather_kernel):
+  for kernel in (rows_kernel, backward_kernel):
     monkeypatch.setattr(kernel, "_WGS", 2)
   monkeypatch.setattr(_tile_loop, "num_sms", lambda: 2)
 
@@ -158,51 +156,11 @@ def test_float32_is_as_good_as_float64(activation):
     )
 
 
-# ---------------------------------------------------------------- gather
-
-
-@pytest.mark.parametrize("x_dtype", [BF16, F32])
-@options
-def test_gather(interpreter, few_warpgroups, x_dtype, dtype, power_of_two):
-  """Rows many times, in any order; an odd number of column blocks."""
-  x = jnp.asarray(hostile(23, 656)).astype(x_dtype)
-  index = np.random.default_rng(0).integers(0, 23, 50)
-  static = dict(dtype=dtype, power_of_two_scales=power_of_two)
-  with interpreter():
-    out = quantize_gathered(x, index, implementation="interpret", **static)
-  expected = quantize(x[index], (1, 128), **static)
-  check(out, expected)
-  check(quantize_gathered(x, index, implementation="xla", **static), expected)
-
-
-@pytest.mark.parametrize(
-  "t, k, m", [(1, 16, 1), (3, 128, 9), (2, 256, 8), (300, 144, 70)]
-)
-def test_shapes_of_gather(interpreter, t, k, m):
-  x = jnp.asarray(oracle.random_floats((t, k))).astype(BF16)
-  index = np.arange(m)[::-1] * 5 % t
-  with interpreter():
-    out = quantize_gathered(x, index, implementation="interpret")
-  check(out, quantize(x[index], (1, 128)))
-
-
-def test_index_outside(interpreter):
-  """The nearest row, for each implementation."""
-  x = jnp.asarray(oracle.random_floats((5, 32))).astype(BF16)
-  index = jnp.array([-1, 5, 2**31 - 1, -(2**31), 3])
-  expected = quantize(x[jnp.array([0, 4, 4, 0, 3])], (1, 128))
-  with interpreter():
-    check(quantize_gathered(x, index, implementation="interpret"), expected)
-  check(quantize_gathered(x, index), expected)
-
-
 # ---------------------------------------------------------------- jax
 
-INDEX = np.array([5, 0, 9, 9, 2])
 CALLS = {
   "activation": lambda x, **kw: quantize_activation(x, "swiglu", **kw),
   "gradient": lambda x, **kw: activation_gradient(x, x[:, ::2], "geglu", **kw),
-  "gather": lambda x, **kw: quantize_gathered(x, INDEX, **kw),
 }
 calls = pytest.mark.parametrize("name", CALLS)
 
@@ -241,11 +199,8 @@ def test_kernels_lower_for_cuda_without_a_gpu(name):
 @pytest.mark.parametrize("shape", [(0, 32), (4, 0)])
 def test_nothing(shape):
   x = jnp.zeros(shape, BF16)
-  for out in (
-    quantize_activation(x, "swiglu", implementation="interpret"),
-    quantize_gathered(x, INDEX[:0], implementation="interpret"),
-  ):
-    assert 0 in out.shape
+  out = quantize_activation(x, "swiglu", implementation="interpret")
+  assert 0 in out.shape
   dout = jnp.zeros((shape[0], shape[1] // 2), BF16)
   out = activation_gradient(x, dout, "swiglu", implementation="interpret")
   assert out.shape == shape
@@ -292,14 +247,6 @@ X = jnp.zeros((4, 48), BF16)
       lambda: activation_gradient(X, X[:, :24].astype(F32), "swiglu"),
       ValueError,
       "got .* of float32",
-    ),
-    (lambda: quantize_gathered(X[0], INDEX), ValueError, r"\(48,\) and \(5,\)"),
-    (lambda: quantize_gathered(X[:0], INDEX), ValueError, r"t > 0.*\(0, 48\)"),
-    (lambda: quantize_gathered(X, INDEX * 1.0), TypeError, "integers"),
-    (
-      lambda: quantize_gathered(X[:, 1:], INDEX, implementation="interpret"),
-      NotImplementedError,
-      "multiple of 16, got k=47",
     ),
   ],
 )
@@ -351,17 +298,3 @@ def test_gradient_compiles(compile_and_report, activation):
   )
   for m, f in [(3, 16), (20, 400), (4096, 2880)]:
     compile_and_report(fn, ((m, 2 * f), BF16), ((m, f), BF16))
-
-
-@pytest.mark.parametrize("x_dtype", [BF16, F32])
-@dtypes
-def test_gather_compiles(compile_and_report, x_dtype, dtype):
-  for t, k, m, power_of_two in [(20, 400, 9, True), (4096, 2880, 9000, False)]:
-    fn = functools.partial(
-      gather_kernel.quantize_gathered,
-      dtype=dtype,
-      power_of_two_scales=power_of_two,
-    )
-    report = compile_and_report(fn, ((t, k), x_dtype), ((m,), jnp.int32))
-    # As in test_quantize_kernels.
-    assert "div.full" not in report and "rcp.rn.f32" in report

@@ -14,7 +14,7 @@ from jax_grouped_gemm import Recipe, moe, quantize, quantize_weights
 from jax_grouped_gemm.kernels import (
   _tile_loop,
   activation_backward,
-  gather,
+  copy_rows,
 )
 from jax_grouped_gemm.kernels import quantize as quantize_rows
 from jax_grouped_gemm.kernels.unquantized import Unquantized
@@ -59,7 +59,7 @@ def small(monkeypatch):
         monkeypatch.setattr(module, name, by_xla(getattr(module, name)))
   monkeypatch.setattr(Unquantized, "_choose", lambda *_: "xla")
   monkeypatch.setattr(_tile_loop, "num_sms", lambda: 1)
-  for kernel in (activation_backward, gather, quantize_rows):
+  for kernel in (activation_backward, copy_rows, quantize_rows):
     monkeypatch.setattr(kernel, "_WGS", 1)
 
 
@@ -327,7 +327,7 @@ def test_shard_map_lowers_for_hopper():
     (*map(jnp.shape, WEIGHTS),),
   )
   text = grad.trace(X, WEIGHTS).lower(lowering_platforms=("cuda",)).as_text()
-  assert "quantize_gathered_sm90" in text and "swiglu_backward_sm90" in text
+  assert "copy_rows_sm90" in text and "swiglu_backward_sm90" in text
 
 
 # ---------------------------------------------------------------- the layer
@@ -377,20 +377,23 @@ def test_kernels_of_the_layer():
   by_default = functools.partial(run, fuse=None)
   assert kernels_of(by_default, x, params) == {
     "quantize_weights": 2,
-    "quantize_gathered": 1,
+    "quantize_rows": 1,  # Of tokens.
+    "copy_rows": 1,
     "quantize_swiglu": 1,
     "m_grouped_gemm": 2,
   }
   default_loss = lambda *args: by_default(*args).astype(jnp.float32).sum()
   assert kernels_of(jax.value_and_grad(default_loss, (0, 1)), x, params) == {
     "quantize_weights": 2,
+    "copy_rows": 1,
     "m_grouped_gemm": 4,
     "quantize_rows_and_tokens": 4,  # Of both operands and their gradients.
     "k_grouped_gemm": 2,
   }
   assert kernels_of(jax.value_and_grad(loss, (0, 1)), x, params) == {
     "quantize_weights": 2,
-    "quantize_gathered": 1,
+    "quantize_rows": 1,
+    "copy_rows": 2,  # In FP8, and for the gradient of the weights.
     "quantize_swiglu": 1,
     "m_grouped_gemm": 4,
     "quantize_rows_and_tokens": 2,  # Of gradients.
