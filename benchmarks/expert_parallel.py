@@ -7,6 +7,8 @@ of devices (weak scaling); on one device the layer runs without an exchange. An
 expert is as popular as any other, or the i-th with weight 1/i.
 """
 
+import functools
+
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -62,7 +64,7 @@ def problems(sets, devices) -> list[Problem]:
 # ---------------------------------------------------------------- the run
 
 
-def _verify(problem: Problem, impl, results, want, step: int) -> dict:
+def _verify(impl, results, want, step: int) -> dict:
   dropped, *got = results
   errors = [
     float(row_error(np.asarray(g[::step]), w))
@@ -76,15 +78,34 @@ def _verify(problem: Problem, impl, results, want, step: int) -> dict:
   }
 
 
-def _measure(problem: Problem, impl_name: str, iterations: int) -> dict:
+class _Setting:
+  """What the implementations of a problem have in common, each made once."""
+
+  def __init__(self, problem: Problem):
+    self.problem, self.mesh = problem, make_mesh(problem)
+    self.x, self.dout, self.params = make_operands(problem, self.mesh)
+    self.step = max(1, self.x.shape[0] // _CHECKED_TOKENS)
+    checked = self.x[:: self.step], self.dout[:: self.step]
+    self.want = expected(problem, self.mesh, *checked, self.params)
+
+  @functools.cached_property
+  def receivers(self) -> np.ndarray:
+    """Of each copy of a token, the device."""
+    return stages.receivers(self.problem, self.mesh, self.x, self.params)
+
+  @functools.cached_property
+  def quantized(self):
+    """The parameters as they are served."""
+    return quantized(self.mesh, self.params)
+
+
+def _measure(setting: _Setting, impl_name: str, iterations: int) -> dict:
   """Returns what a row says of one implementation."""
-  impl, mesh = IMPLS[impl_name], make_mesh(problem)
-  x, dout, params = make_operands(problem, mesh)
-  step = max(1, x.shape[0] // _CHECKED_TOKENS)
-  want = expected(problem, mesh, x[::step], dout[::step], params)
+  problem, impl, mesh = setting.problem, IMPLS[impl_name], setting.mesh
+  x, dout, params = setting.x, setting.dout, setting.params
   row, capacity = {}, None
   if problem.devices > 1:
-    traffic = stages.traffic(problem, mesh, impl, x, params)
+    traffic = stages.traffic(problem, impl, setting.receivers)
     if problem.set != "decode":
       capacity = traffic.capacity
     row = {
@@ -94,7 +115,7 @@ def _measure(problem: Problem, impl_name: str, iterations: int) -> dict:
       ),
     }
   if impl.serves_fp8 and not problem.has_backward:
-    params = quantized(mesh, params)
+    params = setting.quantized
   if impl_name == "lax_ragged_dot":
     iterations = min(iterations, _DENSE_ITERATIONS)
   fn = function(problem, impl, mesh, capacity)
@@ -104,7 +125,7 @@ def _measure(problem: Problem, impl_name: str, iterations: int) -> dict:
     .lower(x, dout, params)
     .compile(compiler_options=impl.compiler_options if on_gpu else None)
   )
-  row |= _verify(problem, impl, compiled(x, dout, params), want, step)
+  row |= _verify(impl, compiled(x, dout, params), setting.want, setting.step)
   us = measure_queued_us(compiled, x, dout, params, iterations=iterations)
   memory = compiled.memory_analysis()
   row |= {
@@ -169,7 +190,7 @@ def _run(args) -> int:
     write(path, "expert_parallel", device, rows, args)
 
   for problem in tqdm(todo, desc="expert_parallel", disable=None):
-    count, gemms_us = problem.devices, None
+    count, gemms_us, setting = problem.devices, None, None
     if count > 1 and count not in gbps:
       link = stages.measure_link(make_mesh(problem), args.iterations)
       gbps[count] = link["gbps"]
@@ -185,7 +206,8 @@ def _run(args) -> int:
         **{"devices": count, "routing": problem.routing},
       }
       try:
-        row |= _measure(problem, impl, args.iterations)
+        setting = setting or _Setting(problem)
+        row |= _measure(setting, impl, args.iterations)
       except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
           raise

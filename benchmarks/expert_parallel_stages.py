@@ -76,13 +76,17 @@ class Traffic(NamedTuple):
     return int(max(pairs.sum(axis=0).max(), pairs.sum(axis=1).max()))
 
 
-def traffic(problem: Problem, mesh: Mesh, impl: Impl, x, params) -> Traffic:
-  """Returns what is exchanged."""
+def receivers(problem: Problem, mesh: Mesh, x, params) -> np.ndarray:
+  """Returns the device of each copy, (tokens of all devices, top_k)."""
   choose = on_devices(
     mesh, lambda x, p: route(x, p, problem).experts, (SPLIT, SPECS)
   )
   chosen = np.asarray(jax.jit(choose)(x, params))
-  receiver = chosen // (problem.sizes[0] // problem.devices)
+  return chosen // (problem.sizes[0] // problem.devices)
+
+
+def traffic(problem: Problem, impl: Impl, receiver: np.ndarray) -> Traffic:
+  """Returns what is exchanged, given the device of each copy."""
   chunks = impl.options.get("chunks", 1)
   ends = [problem.tokens * i // chunks for i in range(1, chunks)]
   by_sender = receiver.reshape(problem.devices, problem.tokens, -1)
