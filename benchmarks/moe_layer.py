@@ -116,30 +116,30 @@ SETS = {
 # ---------------------------------------------------------------- operands
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key, shape, scale):
+  return scale * jax.random.normal(key, shape, jnp.bfloat16)
+
+
 def _make(problem: Problem):
   """Returns (x, gradient of the result, float parameters)."""
   e, _, d, f = problem.sizes
   keys = jax.random.split(jax.random.key(0), 8)
-
-  @functools.partial(jax.jit, static_argnums=(1, 2))
-  def normal(key, shape, scale):
-    return scale * jax.random.normal(key, shape, jnp.bfloat16)
-
   params = moe.MoeParams(
-    router=normal(keys[0], (d, e), d**-0.5),
-    gate_up=normal(keys[1], (e, d, 2 * f), d**-0.5),
-    down=normal(keys[2], (e, f, d), f**-0.5),
+    router=_normal(keys[0], (d, e), d**-0.5),
+    gate_up=_normal(keys[1], (e, d, 2 * f), d**-0.5),
+    down=_normal(keys[2], (e, f, d), f**-0.5),
   )
   if problem.model == "deepseek-v3":
-    params = params._replace(expert_bias=normal(keys[3], (e,), 0.01))
+    params = params._replace(expert_bias=_normal(keys[3], (e,), 0.01))
   if problem.model == "gpt-oss-120b":
     params = params._replace(
-      router_bias=normal(keys[4], (e,), 0.1),
-      gate_up_bias=normal(keys[5], (e, 2 * f), 0.1),
-      down_bias=normal(keys[6], (e, d), 0.1),
+      router_bias=_normal(keys[4], (e,), 0.1),
+      gate_up_bias=_normal(keys[5], (e, 2 * f), 0.1),
+      down_bias=_normal(keys[6], (e, d), 0.1),
     )
   shape = problem.tokens, d
-  return normal(keys[7], shape, 1.0), normal(keys[3], shape, 1.0), params
+  return _normal(keys[7], shape, 1.0), _normal(keys[3], shape, 1.0), params
 
 
 @jax.jit
