@@ -12,28 +12,36 @@ from jax.typing import DTypeLike
 from jax_grouped_gemm.kernels._pipeline import compute_once, num_sms
 
 
-def for_each_tile(num_tiles: int, num_slots: int, *stages):
-  """Runs each stage's load(tile, slot), then its quantize, on this warpgroup's.
+def turns(num_tiles: int):
+  """Returns how many tiles this warpgroup has, and tile(i), the i-th of them.
 
-  A stage is (load, quantize), the functions for a part of a tile. Warpgroups
-  take turns with the tiles. num_slots of them are loaded ahead, a part as soon
-  as the one before it in the slot is done: quantize must order its reads before
-  that load.
+  Warpgroups take turns with the tiles.
   """
   wgs = lax.axis_size("wg")
   stride = lax.axis_size("sm") * wgs
   first = lax.axis_index("sm") * wgs + lax.axis_index("wg")
   count = lax.div(num_tiles - first + stride - 1, stride)
+  return count, lambda i: first + i * stride
+
+
+def for_each_tile(num_tiles: int, num_slots: int, *stages):
+  """Runs each stage's load(tile, slot), then its quantize, on this warpgroup's.
+
+  A stage is (load, quantize), the functions for a part of a tile. num_slots
+  tiles are loaded ahead, a part as soon as the one before it in the slot is
+  done: quantize must order its reads before that load.
+  """
+  count, tile = turns(num_tiles)
 
   for i in range(num_slots):
     for load, _ in stages:
-      pl.when(i < count)(functools.partial(load, first + i * stride, i))
+      pl.when(i < count)(functools.partial(load, tile(i), i))
 
   def step(i, _):
     slot, ahead = lax.rem(i, num_slots), i + num_slots
     for load, quantize in stages:
-      quantize(first + i * stride, slot)
-      load_ahead = functools.partial(load, first + ahead * stride, slot)
+      quantize(tile(i), slot)
+      load_ahead = functools.partial(load, tile(ahead), slot)
       pl.when(ahead < count)(load_ahead)
     return 0
 

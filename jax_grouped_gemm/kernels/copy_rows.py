@@ -81,21 +81,19 @@ def _kernel(*operands, copies: int, m: int, interpret: bool, **scratch):
 
     plgpu.commit_smem_to_gmem_group()
 
-  stride = lax.axis_size("sm") * lax.axis_size("wg")
-  first = lax.axis_index("sm") * lax.axis_size("wg") + wg
-  count = lax.div(num_tiles - first + stride - 1, stride)
+  count, tile = _tile_loop.turns(num_tiles)
   ahead = slots - 1
   for i in range(ahead):
-    pl.when(i < count)(functools.partial(load, first + i * stride, i))
+    pl.when(i < count)(functools.partial(load, tile(i), i))
 
   def step(i, _):
-    store(first + i * stride, lax.rem(i, slots))
+    store(tile(i), lax.rem(i, slots))
     # The copies of the tile before have read their slot. The interpreter counts
     # copies, not groups, of which a tile has one, be it empty.
     plgpu.wait_smem_to_gmem(0 if interpret else 1, wait_read_only=True)
     then = i + ahead
     pl.when(then < count)(
-      functools.partial(load, first + then * stride, lax.rem(then, slots))
+      functools.partial(load, tile(then), lax.rem(then, slots))
     )
     return 0
 
@@ -123,11 +121,9 @@ def _box(k: int, itemsize: int) -> tuple[int, int] | None:
   return fits[-1], cols[-1]
 
 
-def unsupported(k: int, itemsize: int) -> str | None:
-  """Returns what of rows of k elements the kernel cannot copy, if anything."""
-  if _box(k, itemsize) is None:
-    return f"copies rows of whole {_TMA_ALIGN} bytes, got {k * itemsize}"
-  return None
+def supports(k: int, itemsize: int) -> bool:
+  """Whether the kernel can copy rows of k elements: those of whole 16 bytes."""
+  return _box(k, itemsize) is not None
 
 
 def copy_rows(

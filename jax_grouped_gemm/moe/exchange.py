@@ -43,10 +43,10 @@ class Tokens(NamedTuple):
 def send(call: Call, tokens: Tokens, plan: Plan) -> Tokens:
   """Tokens to the devices that they are for.
 
-  What nobody fills is zero, of quantised rows the scales.
-  Quantised rows travel in the place of the rows, which are what arrived,
-  dequantised to their dtype. The gradient of rows and weights goes back to
-  those; that of the quantised rows is ignored.
+  What nobody fills is zero, of quantised rows the scales. Those travel in the
+  place of the rows, which are what arrived, dequantised to their dtype. The
+  gradient of rows and weights goes back to those; that of the quantised rows is
+  ignored.
   """
   floats = tokens.rows, tokens.weights
   others = tokens.quantized, tokens.rows_of_copies

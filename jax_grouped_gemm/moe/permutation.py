@@ -109,7 +109,11 @@ def gather_copies(
   permutation: Permutation,
   implementation: str | None = "xla",
 ) -> Float[Array, "t*top_k d"]:
-  """The rows that `dispatch` returns, given how they are sorted."""
+  """The rows that `dispatch` returns, given how they are sorted.
+
+  XLA makes them unless it is told otherwise: it divides arrays between devices,
+  which kernels outside of jax.shard_map do not.
+  """
   return _gather_copies(
     implementation, *vary_alike(x, permutation.order, permutation.inverse)
   )
@@ -142,10 +146,10 @@ def _copy_rows(
 
   The kernel leaves rows that no copy has as they were in memory.
   """
-  unsupported = copy_rows.unsupported(x.shape[1], x.dtype.itemsize)
-  if unsupported is not None or x.size * order.size == 0:
+  supported = copy_rows.supports(x.shape[1], x.dtype.itemsize)
+  if not supported or x.size * order.size == 0:
     implementation = "xla"
-  implementation = implementations.choose(implementation, unsupported)
+  implementation = implementations.choose(implementation, None)
   if implementation == "xla":
     return x[order // inverse.shape[1]]
   interpret = implementation == "interpret"
