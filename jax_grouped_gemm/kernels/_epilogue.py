@@ -57,6 +57,14 @@ def write(refs, slices):
     refs.out_smem[lax.axis_index("wg"), j] = value
 
 
+def store_unoptimized(ref: Ref, value):
+  """Stores in spite of bank conflicts, which cost little once a tile."""
+  if hasattr(plgpu, "store"):  # Since jax 0.12 it wants to be told.
+    plgpu.store(ref, value, optimized=False)
+  else:
+    ref[...] = value
+
+
 def store_rows(refs, config: Config, tile: Tile, wg):
   """Stores what warpgroup `wg` has staged of the tile's rows."""
   first = tile.offset - wg * WGMMA_M

@@ -106,10 +106,11 @@ def accumulate(
   init,
   settle=lambda sums: sums,
 ):
-  """Returns promote(... promote(init, products, scales) ...) over k_iters >= 1.
+  """Returns promote(... promote(init(), products, scales) ...) of k_iters >= 1.
 
   With `settle`, each promote() is followed by sums = settle(sums): what is left
-  of the promotion, to be done beneath the next products.
+  of the promotion, to be done beneath the next products. What init() does is
+  beneath the first ones.
 
   The products are the warpgroup's (64, tile_n) of one k slice, whose scales
   load_scales(slot, ki, rows) returns. While they run on the tensor cores, their
@@ -124,7 +125,7 @@ def accumulate(
   slices = _Slices(refs, config, rows, turns, load_scales, promote, settle)
   plgpu.barrier_wait(refs.full.at[first_slot])
   products = slices.start(first_slot)
-  return slices.compute_all(k_iters, (first_slot, init, products))
+  return slices.compute_all(k_iters, (first_slot, init(), products))
 
 
 def skip(refs, config: Config, k_iters, step):

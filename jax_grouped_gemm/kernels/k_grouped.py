@@ -135,7 +135,7 @@ def _accumulate_tile(refs: _Refs, config: Config, tile: Tile, step):
     load_scales=load_scales,
     promote=promote,
     settle=settle,
-    init=(zeros, zeros, no_rows),
+    init=lambda: (zeros, zeros, no_rows),
   )
   return [acc]
 

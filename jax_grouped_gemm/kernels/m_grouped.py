@@ -2,6 +2,7 @@
 
     out[r, j] = sum_kb (lhs[r, kb] @ rhs[g, j, kb]) * lhs_scales[r, kb]
                        * rhs_scales[g, j // 128, kb]          r in group g
+                + bias[g, j]                                  if there is one
 
 kb runs over slices of 128 elements of k. Rows of no group are zero. lhs (m, k),
 rhs (g, n, k) and out (m, n) are row-major; groups start at any row.
@@ -33,6 +34,7 @@ from jax_grouped_gemm.config import (
   Config,
 )
 from jax_grouped_gemm.kernels import (
+  _bias,
   _epilogue,
   _main_loop,
   _pipeline,
@@ -50,6 +52,7 @@ from jax_grouped_gemm.schedule import Masked
 class _Refs(NamedTuple):
   """Refs of the kernel: operands in GMEM, slots in SMEM, barriers."""
 
+  bias_gmem: Ref | None  # (g, n) f32
   lhs_gmem: Ref  # (m, k) f8
   lhs_scales_gmem: Ref  # (k/128, m) f32
   rhs_gmem: Ref  # (g, n, k) f8
@@ -159,11 +162,17 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step):
   columns = [slice(c, c + SLICE_N) for c in range(0, config.tile_n, SLICE_N)]
 
   _rhs_scales.wait(refs, i)
-  ni = _queue.read_tile(refs, Tile, i).ni
+  tile = _queue.read_tile(refs, Tile, i)
+
+  def start(col):
+    if refs.bias_gmem is None:
+      return _pipeline.wgmma_zeros(shape)
+    cols = pl.ds(tile.ni * config.tile_n + col, SLICE_N)
+    return _bias.load(refs, tile.group, cols, shape, axis=1)
 
   def load_scales(slot, ki, rows):
     lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
-    rhs_scales = _rhs_scales.read(refs, config, i, ni, ki)
+    rhs_scales = _rhs_scales.read(refs, config, i, tile.ni, ki)
     return [lhs_scales * rhs_scale for rhs_scale in rhs_scales]
 
   def promote(sums, products, scales):
@@ -179,7 +188,7 @@ def _accumulate_tile(refs: _Refs, config: Config, i, step):
     step,
     load_scales=load_scales,
     promote=promote,
-    init=[_pipeline.wgmma_zeros(shape) for _ in columns],
+    init=lambda: [start(cols.start) for cols in columns],
   )
 
 
@@ -193,6 +202,7 @@ def m_grouped_gemm(
   rhs_scales: Float32[Array, "g n/128 k/128"],
   group_sizes: Int32[Array, "g_all"],
   group_offset: Int32[Array, "1"] | None,
+  bias: Float[Array, "g n"] | None = None,
   *,
   m: int,
   n: int,
@@ -201,7 +211,7 @@ def m_grouped_gemm(
   masked: Masked | None = None,
   interpret: bool = False,
 ) -> Float[Array, "m n"]:
-  """out[r] = lhs[r] @ rhs[group of r - group_offset].T, else 0.
+  """out[r] = lhs[r] @ rhs[g].T + bias[g], g = r's group - group_offset; else 0.
 
   k_stored is a multiple of 128, m_stored and n_stored are multiples of 8. With
   `masked`, the groups have its rows, one group after the other.
@@ -215,6 +225,9 @@ def m_grouped_gemm(
   # A staged row has 128 bytes, so that TMA may start at any row, and out has
   # whole ones: other n cost a copy of out.
   slice_n = _epilogue.SWIZZLE_BYTES // jnp.dtype(out_dtype).itemsize
+  sizes = group_sizes, group_offset.reshape(1)
+  operands = lhs, lhs_scales, rhs, rhs_scales, *sizes
+  refs_type, operands = _bias.add_operand(bias, config, _Refs, operands)
 
   out = _pipeline.launch(
     functools.partial(_load_tiles, config=config, masked=masked),
@@ -222,7 +235,7 @@ def m_grouped_gemm(
     name="m_grouped_gemm_sm90",
     config=config,
     interpret=interpret,
-    refs_type=_Refs,
+    refs_type=refs_type,
     out_type=jax.ShapeDtypeStruct((m, n + -n % slice_n), out_dtype),
     scratch_types=dict(
       lhs_smem=plgpu.SMEM((stages, tile_m, SCALE_BLOCK), lhs.dtype),
@@ -236,5 +249,5 @@ def m_grouped_gemm(
       **_rhs_scales.scratch_types(rhs_scales.shape, config),
       **_queue.scratch_types(config, Tile),
     ),
-  )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))
+  )(*operands)
   return _pipeline.compute_once(out)[:, :n]

@@ -2,6 +2,7 @@
 
     out[r, j] = sum_kb (rhs[g, j, kb] @ lhs[r, kb]) * lhs_scales[r, kb]
                        * rhs_scales[g, j // 128, kb]          r in group g
+                + bias[g, j]                                  if there is one
 
 kb runs over slices of 128 elements of k. Rows of no group are zero, or left
 alone in the masked layout. lhs (m, k), rhs (g, n, k) and out (m, n) are
@@ -42,6 +43,7 @@ from jax_grouped_gemm.config import (
   SmallGroupsConfig,
 )
 from jax_grouped_gemm.kernels import (
+  _bias,
   _epilogue,
   _partials,
   _pipeline,
@@ -60,6 +62,7 @@ _BURST = 2  # slices loaded at a time: 1 % faster than one by one (H200).
 class _Refs(NamedTuple):
   """Refs of the kernel: operands in GMEM, slots in SMEM, barriers."""
 
+  bias_gmem: Ref | None  # (g, n) f32
   lhs_gmem: Ref  # (m, k) f8
   lhs_scales_gmem: Ref  # (k/128, m) f32
   rhs_gmem: Ref  # (g, n, k) f8
@@ -120,14 +123,7 @@ def _load_tiles(refs: _Refs, config: SmallGroupsConfig, masked: Masked | None):
 
 
 def _load_tile(
-  refs: _Refs,
-  config: SmallGroupsConfig,
-  i,
-  tile: Tile,
-  _,
-  k_iters,
-  step,
-  beside,
+  refs, config: SmallGroupsConfig, i, tile: Tile, _, k_iters, step, beside
 ):
   """Loads the k slices of the tile into consecutive slots."""
   pl.when(k_iters > 0)(lambda: _rhs_scales.load(refs, config, i, tile))
@@ -183,12 +179,12 @@ def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
   """Returns the warpgroup's (64, tile_m) of out.T, in float32."""
   shape = (WGMMA_M, config.tile_m)
   _rhs_scales.wait(refs, i)
-  ni = _queue.read_tile(refs, Tile, i).ni
+  tile = _queue.read_tile(refs, Tile, i)
   first, k_iters = _k_part(refs, config)
 
   def add_slice(ki, acc):
     slot = lax.rem(step + ki, config.num_stages)
-    rhs_scale, *_ = _rhs_scales.read(refs, config, i, ni, first + ki)
+    rhs_scale, *_ = _rhs_scales.read(refs, config, i, tile.ni, first + ki)
     plgpu.barrier_wait(refs.full.at[slot])
 
     def multiply(products):
@@ -204,7 +200,18 @@ def _accumulate_tile(refs: _Refs, config: SmallGroupsConfig, i, step):
     plgpu.barrier_arrive(refs.empty.at[slot])
     return acc + products * lax.broadcast_in_dim(scales, shape, (1,))
 
-  return lax.fori_loop(0, k_iters, add_slice, _pipeline.wgmma_zeros(shape))
+  start = _start(refs, config, tile, shape)
+  return lax.fori_loop(0, k_iters, add_slice, start)
+
+
+def _start(refs: _Refs, config: SmallGroupsConfig, tile: Tile, shape):
+  """Returns what sums start as: the bias where those of a cluster are added."""
+  zeros = _pipeline.wgmma_zeros(shape)
+  if refs.bias_gmem is None:
+    return zeros
+  col = tile.ni * config.tile_n + lax.axis_index("wg") * WGMMA_M
+  bias = _bias.load(refs, tile.group, pl.ds(col, WGMMA_M), shape, axis=0)
+  return jnp.where(jnp.broadcast_to(_stores(config), shape), bias, zeros)
 
 
 def _write(refs: _Refs, acc):
@@ -213,15 +220,7 @@ def _write(refs: _Refs, acc):
   if value.dtype.itemsize == 4:
     # Mosaic transposes 16 bits on their way to SMEM, others only in registers.
     value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
-  _store_unoptimized(refs.out_smem.at[lax.axis_index("wg")].T, value)
-
-
-def _store_unoptimized(ref: Ref, value):
-  """Stores in spite of bank conflicts, which cost little once a tile."""
-  if hasattr(plgpu, "store"):  # Since jax 0.12 it wants to be told.
-    plgpu.store(ref, value, optimized=False)
-  else:
-    ref[...] = value
+  _epilogue.store_unoptimized(refs.out_smem.at[lax.axis_index("wg")].T, value)
 
 
 def _store_rows(refs: _Refs, config: SmallGroupsConfig, tile: Tile, wg):
@@ -246,6 +245,7 @@ def small_groups_gemm(
   rhs_scales: Float32[Array, "g n/128 k/128"],
   group_sizes: Int32[Array, "g_all"],
   group_offset: Int32[Array, "1"] | None,
+  bias: Float[Array, "g n"] | None = None,
   *,
   m: int,
   n: int,
@@ -270,6 +270,9 @@ def small_groups_gemm(
     shape = _pipeline.num_clusters(config), config.compute_wgs, WGMMA_M, tile_m
     out_type = out_type, jax.ShapeDtypeStruct(shape, jnp.float32)
     refs_type, partials = _Refs, _partials.scratch_types(config)
+  sizes = group_sizes, group_offset.reshape(1)
+  operands = lhs, lhs_scales, rhs, rhs_scales, *sizes
+  refs_type, operands = _bias.add_operand(bias, config, refs_type, operands)
   out = _pipeline.launch(
     functools.partial(_load_tiles, config=config, masked=masked),
     functools.partial(_compute_tiles, config=config),
@@ -293,5 +296,5 @@ def small_groups_gemm(
       **_rhs_scales.scratch_types(rhs_scales.shape, config),
       **_queue.scratch_types(config, Tile),
     ),
-  )(lhs, lhs_scales, rhs, rhs_scales, group_sizes, group_offset.reshape(1))
+  )(*operands)
   return _pipeline.compute_once(out)[:, :n]

@@ -29,8 +29,8 @@ def _expand(scales, *shape):
   return scales.astype(np.float64)
 
 
-def m_grouped(sizes, m: int, n: int, k: int, seed: int = 0):
-  """Returns the kernel's operands and (out, bound) per row in float64."""
+def m_grouped(sizes, m: int, n: int, k: int, seed: int = 0, bias: bool = False):
+  """Returns the kernel's operands and (out, magnitude) in float64."""
   rng = np.random.default_rng(seed)
   g, k_blocks = len(sizes), -(-k // 128)
   lhs, lhs_f64 = _operand(rng, m, k)
@@ -39,14 +39,22 @@ def m_grouped(sizes, m: int, n: int, k: int, seed: int = 0):
   rhs_scales = _scales(rng, g, -(-n // 128), k_blocks)
   rhs, rhs_f64 = zip(*(_operand(rng, n, k) for _ in range(g)), strict=True)
   out, magnitude = np.zeros((m, n)), np.zeros((m, n))
+  # As large as the products.
+  biases = (
+    np.sqrt(k) * rng.standard_normal((g, n)) if bias else np.zeros((g, n))
+  )
+  biases = biases.astype(np.float32)
   starts, ends = schedule.group_bounds(jnp.asarray(sizes, jnp.int32), m)
   for i in range(g):
     rows = slice(int(starts[i]), int(ends[i]))
     weights = rhs_f64[i] * _expand(rhs_scales[i], n, lhs.shape[1])
-    out[rows] = lhs_f64[rows] @ weights.T
+    out[rows] = lhs_f64[rows] @ weights.T + biases[i]
     magnitude[rows] = np.abs(lhs_f64[rows]) @ np.abs(weights).T
+    magnitude[rows] += np.abs(biases[i])
   sizes = np.asarray(sizes, np.int32)
   operands = (lhs, lhs_scales, np.stack(rhs), rhs_scales, sizes, None)
+  if bias:
+    operands = *operands, biases
   return jax.tree.map(jnp.asarray, operands), out, magnitude
 
 

@@ -54,6 +54,9 @@ K_GROUPED = {
 }
 
 
+biases = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+
+
 def shape(*dims, dtype=jnp.float32):
   return jax.ShapeDtypeStruct(dims, dtype)
 
@@ -72,7 +75,7 @@ def compile_and_report(capfd, monkeypatch):
   return run
 
 
-def m_grouped_args(m, n, k, g):
+def m_grouped_args(m, n, k, g, bias=False):
   f8, i32 = jnp.float8_e4m3fn, jnp.int32
   k_stored, blocks = -(-k // 128) * 128, -(-k // 128)
   return (
@@ -82,17 +85,19 @@ def m_grouped_args(m, n, k, g):
     shape(g, -(-n // 128), blocks),
     shape(g, dtype=i32),
     shape(1, dtype=i32),
+    shape(g, n) if bias else None,
   )
 
 
+@biases
 @pytest.mark.parametrize("config, dtype", sorted(M_GROUPED, key=str))
-def test_m_grouped_configs(compile_and_report, config, dtype):
+def test_m_grouped_configs(compile_and_report, config, dtype, bias):
   assert config.smem_bytes(dtype, 2880) <= SMEM_BYTES
   n = config.tile_n + 16
   gemm = functools.partial(
     m_grouped_gemm, m=4096, n=n, out_dtype=dtype, config=config
   )
-  compile_and_report(gemm, *m_grouped_args(4096, n, 2880, 4))
+  compile_and_report(gemm, *m_grouped_args(4096, n, 2880, 4, bias))
 
 
 @pytest.mark.parametrize("kernel", ["m_grouped", "small_groups"])
@@ -114,13 +119,14 @@ def test_e5m2_rows(compile_and_report, kernel):
   compile_and_report(gemm, rows, *args)
 
 
+@biases
 @pytest.mark.parametrize("config, dtype", sorted(SMALL_GROUPS, key=str))
-def test_small_groups_configs(compile_and_report, config, dtype):
+def test_small_groups_configs(compile_and_report, config, dtype, bias):
   assert config.smem_bytes(dtype, 2880) <= SMEM_BYTES
   gemm = functools.partial(
     small_groups_gemm, m=4096, n=528, out_dtype=dtype, config=config
   )
-  compile_and_report(gemm, *m_grouped_args(4096, 528, 2880, 64))
+  compile_and_report(gemm, *m_grouped_args(4096, 528, 2880, 64, bias))
 
 
 @pytest.mark.parametrize(

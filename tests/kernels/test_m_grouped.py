@@ -1,5 +1,6 @@
 """The M-grouped kernel itself, in the interpreter, races included."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -23,8 +24,8 @@ def jitted(**static):
   return jax.jit(functools.partial(m_grouped_gemm, interpret=True, **static))
 
 
-def run(sizes, m, n, k, config, dtype=jnp.bfloat16):
-  operands, *expected = m_grouped(sizes, m, n, k)
+def run(sizes, m, n, k, config, dtype=jnp.bfloat16, bias=False):
+  operands, *expected = m_grouped(sizes, m, n, k, bias=bias)
   gemm = jitted(m=m, n=n, out_dtype=dtype, config=config)
   check(gemm(*operands), *expected)
 
@@ -74,6 +75,38 @@ def test_three_compute_warpgroups(interpreter, tile_n, multicast):
     run([100, 0, 37, 200], 345, tile_n + 16, 400, config)
 
 
+@pytest.mark.parametrize(
+  "config, k, dtype",
+  [
+    (SMALL, 272, jnp.bfloat16),
+    (SHARED_RHS, 16, jnp.float32),  # One slice: no loop.
+    (dataclasses.replace(SMALL, tile_n=192), 144, jnp.float32),
+    (Config(num_stages=2, num_sms=2), 144, jnp.bfloat16),  # A tile beyond n.
+    (
+      Config(tile_n=128, compute_wgs=3, turns=True, num_stages=2, num_sms=2),
+      400,
+      jnp.bfloat16,
+    ),
+  ],
+)
+def test_bias(interpreter, config, k, dtype):
+  """Of the group of each row, also among rows of others; none, no bias."""
+  with interpreter():
+    sizes = [100, 0, 37, 3, 130, 0]
+    run(sizes, 295, config.tile_n + 16, k, config, dtype, bias=True)
+
+
+def test_bias_of_bfloat16(interpreter):
+  """As parameters are; it is exact in float32, and added in that."""
+  *operands, bias = m_grouped([9, 4], 16, 80, 144, bias=True)[0]
+  gemm = jitted(m=16, n=80, out_dtype=jnp.bfloat16, config=SMALL)
+  bias = bias.astype(jnp.bfloat16)
+  with interpreter():
+    out = gemm(*operands, bias)
+    expected = gemm(*operands, bias.astype(jnp.float32))
+  np.testing.assert_array_equal(out, expected)
+
+
 @pytest.mark.parametrize("config", [SMALL, SHARED_RHS])
 def test_ragged_and_hostile_sizes(interpreter, config):
   gemm = jitted(m=300, n=64, out_dtype=jnp.bfloat16, config=config)
@@ -114,8 +147,8 @@ def test_every_order_of_the_warpgroups(interpreter, k, turns):
 def test_group_offset(interpreter, config, offset):
   """rhs holds 2 of 4 groups, from the offset on; rows of others are zero."""
   m, sizes = 200, [20, 140, 0, 37]
-  (lhs, lhs_scales, rhs, rhs_scales, *_), *expected = m_grouped(
-    sizes, m, 64, 144
+  (lhs, lhs_scales, rhs, rhs_scales, *_, bias), *expected = m_grouped(
+    sizes, m, 64, 144, bias=True
   )
   held = [i for i in (offset, offset + 1) if 0 <= i < 4]
   ends = np.cumsum(sizes)
@@ -129,6 +162,7 @@ def test_group_offset(interpreter, config, offset):
       rhs_scales[indices],
       jnp.asarray(sizes, jnp.int32),
       jnp.asarray([offset], jnp.int32),
+      bias[indices],
     )
   check(out, *(np.where(kept[:, None], x, 0) for x in expected))
 
@@ -142,12 +176,13 @@ def test_narrow_out(interpreter):
 def test_garbage_stays_where_it_is(interpreter):
   """NaN in a row, a group's weights or beyond the groups reaches no other."""
   m, sizes = 90, [21, 30, 17]
-  operands, expected, magnitude = m_grouped(sizes, m, 64, 256)
-  lhs, lhs_scales, rhs, rhs_scales, *sizes = operands
+  operands, expected, magnitude = m_grouped(sizes, m, 64, 256, bias=True)
+  lhs, lhs_scales, rhs, rhs_scales, *sizes, bias = operands
   lhs = lhs.at[5].set(jnp.nan).at[68:].set(jnp.nan)
   lhs_scales = lhs_scales.at[68:].set(jnp.nan)
   rhs = rhs.at[1, 3].set(jnp.nan)
-  operands = (lhs, lhs_scales, rhs, rhs_scales, *sizes)
+  bias = bias.at[2, 60].set(jnp.nan)
+  operands = (lhs, lhs_scales, rhs, rhs_scales, *sizes, bias)
   with interpreter():
     out = m_grouped_gemm(
       *operands,
@@ -158,7 +193,7 @@ def test_garbage_stays_where_it_is(interpreter):
       interpret=True,
     )
   nan = np.zeros((m, 64), bool)
-  nan[5], nan[21:51, 3] = True, True
+  nan[5] = nan[21:51, 3] = nan[51:68, 60] = True
   np.testing.assert_array_equal(np.isnan(out), nan)
   check(jnp.where(nan, 0, out), np.where(nan, 0, expected), magnitude)
 

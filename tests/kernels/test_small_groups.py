@@ -23,8 +23,8 @@ def jitted(**static):
   return jax.jit(functools.partial(small_groups_gemm, interpret=True, **static))
 
 
-def run(sizes, m, n, k, config, dtype=BF16):
-  operands, *expected = m_grouped(sizes, m, n, k)
+def run(sizes, m, n, k, config, dtype=BF16, bias=False):
+  operands, *expected = m_grouped(sizes, m, n, k, bias=bias)
   gemm = jitted(m=m, n=n, out_dtype=dtype, config=config)
   check(gemm(*operands), *expected)
 
@@ -47,6 +47,19 @@ def test_every_tile(interpreter, tile_m, tile_n, dtype):
   sizes = [5, 0, tile_m, tile_m + 7, 1]
   with interpreter():
     run(sizes, sum(sizes) + 9, tile_n + 16, 272, config, dtype)
+
+
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize(
+  "tile_m, tile_n, k, dtype", [(8, 128, 400, BF16), (16, 64, 144, F32)]
+)
+def test_bias(interpreter, tile_m, tile_n, k, dtype, split_k):
+  """Once, however many CTAs work on a tile."""
+  config = SmallGroupsConfig(
+    tile_m=tile_m, tile_n=tile_n, num_stages=3, split_k=split_k, num_sms=2
+  )
+  with interpreter():
+    run([5, 0, 8, 19, 1], 38, tile_n + 16, k, config, dtype, bias=True)
 
 
 @pytest.mark.parametrize("k", [16, 144, 400, 1040])  # 1, 2, 4 and 9 slices
