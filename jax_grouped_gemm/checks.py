@@ -154,6 +154,17 @@ def check_accumulator(accumulator, shape):
   return accumulator
 
 
+def check_bias(name: str, bias, shape):
+  """Returns it as an array, once it is known to be floats of `shape`."""
+  if bias is None:
+    return None
+  bias = jnp.asarray(bias)
+  check_input_dtype(name, bias.dtype)
+  if bias.shape != shape:
+    raise ValueError(f"{name} must be {shape}, got {bias.shape}")
+  return bias
+
+
 def check_out_dtype(dtype: DTypeLike):
   """Returns a preferred_element_type as a dtype, once it is known to do."""
   dtype = jnp.dtype(dtype)

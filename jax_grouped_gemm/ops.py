@@ -22,21 +22,24 @@ def m_grouped_gemm(
   rhs: ScaledArray,
   group_sizes: Int[Array, "g_all"],
   *,
+  bias: Float[Array, "g n"] | None = None,
   preferred_element_type: DTypeLike = jnp.bfloat16,
   group_offset: Int[Array, "1"] | None = None,
   config: Config | SmallGroupsConfig | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "m n"]:
-  """out[r] = lhs[r] @ rhs[group of r].T, lhs (m, k), rhs (g, n, k) -> (m, n).
+  """out[r] = lhs[r] @ rhs[g].T + bias[g], g the group of r.
 
-  The rows of a group follow those of the group before it. Rows at or past the
-  sum of the sizes are zero, as are rows of groups that rhs does not hold.
+  lhs (m, k), rhs (g, n, k), bias (g, n) -> (m, n). The rows of a group follow
+  those of the group before it. Rows at or past the sum of the sizes are zero,
+  as are rows of groups that rhs does not hold.
 
   Args:
     lhs: blocks of (1, 128).
     rhs: blocks of (1, 128, 128).
     group_sizes: rows of each group. A negative size counts as 0, and what lies
       beyond m is cut off.
+    bias: floats, added in float32 before the result is rounded. None: none.
     preferred_element_type: dtype of the result; sums are float32.
     group_offset: the first of the groups in group_sizes that rhs holds.
     config: choices of the kernel launch, SmallGroupsConfig for few rows per
@@ -55,20 +58,23 @@ def m_grouped_gemm(
       f"{rhs.shape}"
     )
   group_sizes, group_offset = check_group_sizes(group_sizes, m, g, group_offset)
+  bias = checks.check_bias("bias", bias, (g, n))
   out_dtype = checks.check_out_dtype(preferred_element_type)
   checks.check_m_grouped_config(config, out_dtype, k)
   implementation = implementations.choose(
     implementation,
     checks.unsupported_by_kernels({"k": k, "n": n}, out_dtype),
   )
-  lhs, rhs, group_sizes, group_offset = vary_alike(
-    lhs, rhs, group_sizes, group_offset
+  lhs, rhs, group_sizes, group_offset, bias = vary_alike(
+    lhs, rhs, group_sizes, group_offset, bias
   )
-  if m * n * k == 0:
+  if m * n == 0 or (k == 0 and bias is None):
     return manual_axes.zeros((m, n), out_dtype, lhs.values)
-  if implementation == "xla":
+  if implementation == "xla" or k == 0:
     bounds = schedule.group_bounds(group_sizes, m, group_offset, g)
-    return reference.m_grouped_gemm(lhs, rhs, *bounds, out_dtype=out_dtype)
+    return reference.m_grouped_gemm(
+      lhs, rhs, *bounds, bias, out_dtype=out_dtype
+    )
   config = config or tuning.m_grouped_config(m, n, k, g, out_dtype)
   return run_kernel(
     m_grouped_kernel(config),
@@ -76,6 +82,7 @@ def m_grouped_gemm(
     rhs,
     schedule.as_int32(group_sizes),
     None if group_offset is None else schedule.as_int32(group_offset),
+    bias,
     out_dtype=out_dtype,
     config=config,
     interpret=implementation == "interpret",

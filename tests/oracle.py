@@ -44,11 +44,13 @@ def dequantize(x):
   return np.asarray(x.values).astype(np.float64)[inside] * scales[inside]
 
 
-def m_grouped(lhs, rhs, rows):
-  """out[r] = lhs[r] @ rhs[g].T, from float64 (m, k) and (g, n, k)."""
+def m_grouped(lhs, rhs, rows, bias=None):
+  """out[r] = lhs[r] @ rhs[g].T + bias[g], from float64 (m, k), (g, n, k)."""
   out = np.zeros((lhs.shape[0], rhs.shape[1]))
-  for (start, end), weights in zip(rows, rhs, strict=True):
-    out[start:end] = lhs[start:end] @ weights.T
+  for g, (start, end) in enumerate(rows):
+    out[start:end] = lhs[start:end] @ rhs[g].T
+    if bias is not None:
+      out[start:end] += bias[g]
   return out
 
 
@@ -59,19 +61,25 @@ def k_grouped(lhs, rhs, columns):
   )
 
 
-def check_m_grouped(out, lhs, rhs, sizes, group_offset=None, row_error=None):
+def check_m_grouped(
+  out, lhs, rhs, sizes, group_offset=None, row_error=None, bias=None
+):
   """Raises AssertionError, naming the worst row, unless out is right.
 
-  lhs (m, k) and rhs (g, n, k) are ScaledArrays. With `row_error`, |out - ref|
-  may be that much of |ref| in every row (as vectors); otherwise each element
-  may be off by what rounding sums of k float32 products can cost.
+  lhs (m, k) and rhs (g, n, k) are ScaledArrays, bias is (g, n) floats. With
+  `row_error`, |out - ref| may be that much of |ref| in every row (as vectors);
+  otherwise each element may be off by what rounding sums of k float32 products
+  can cost.
   """
   lhs, rhs = dequantize(lhs), dequantize(rhs)
   rows = group_rows(sizes, lhs.shape[0], group_offset, len(rhs))
+  if bias is not None:
+    bias = np.asarray(bias).astype(np.float64)
   with np.errstate(invalid="ignore"):
-    ref = m_grouped(lhs, rhs, rows)
-    magnitude = m_grouped(np.abs(lhs), np.abs(rhs), rows)
-  check(out, ref, magnitude, lhs.shape[1], row_error)
+    ref = m_grouped(lhs, rhs, rows, bias)
+    of_bias = None if bias is None else np.abs(bias)
+    magnitude = m_grouped(np.abs(lhs), np.abs(rhs), rows, of_bias)
+  check(out, ref, magnitude, lhs.shape[1] + (bias is not None), row_error)
 
 
 def check_k_grouped(out, lhs, rhs, sizes, accumulator=None, row_error=None):

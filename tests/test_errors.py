@@ -87,6 +87,14 @@ CASES = [
     "at least one entry for each of the 2.*got 1",
   ),
   (
+    m_grouped,
+    {"bias": ONES((2, 32))},
+    ValueError,
+    r"bias must be \(2, 48\), got \(2, 32\)",
+  ),
+  (m_grouped, {"bias": ONES(48)}, ValueError, r"bias must.* got \(48,\)"),
+  (m_grouped, {"bias": ONES((2, 48), int)}, TypeError, "bias .*got int32"),
+  (
     for_k_grouped,
     {"group_offset": 0},
     ValueError,

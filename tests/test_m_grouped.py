@@ -10,7 +10,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jax_grouped_gemm import Config, ScaledArray, m_grouped_gemm, quantize
+from jax_grouped_gemm import (
+  Config,
+  ScaledArray,
+  SmallGroupsConfig,
+  m_grouped_gemm,
+  quantize,
+)
 
 BIG, SMALL = 2**31 - 1, -(2**31)
 F32 = jnp.float32
@@ -36,7 +42,9 @@ def run(lhs, rhs, sizes, **options):
   out = m_grouped_gemm(lhs, rhs, sizes, **options)
   dtype = options.get("preferred_element_type", jnp.bfloat16)
   assert out.dtype == dtype
-  oracle.check_m_grouped(out, lhs, rhs, sizes, options.get("group_offset"))
+  oracle.check_m_grouped(
+    out, lhs, rhs, sizes, options.get("group_offset"), bias=options.get("bias")
+  )
   return np.asarray(out)
 
 
@@ -108,6 +116,53 @@ def test_group_offset(gemm_options):
   for offset in [-1, 0, 1, 3, 4, 5, SMALL, BIG]:
     offset = jnp.array([offset], jnp.int32)
     run(*operands, sizes, group_offset=offset, **gemm_options)
+
+
+# ---------------------------------------------------------------- bias
+
+
+@pytest.mark.parametrize("bias_dtype", [jnp.bfloat16, jnp.float16, F32])
+def test_bias(gemm_options, bias_dtype):
+  """Rounded once, of rows of no group none."""
+  bias = jnp.asarray(oracle.random_floats((4, 144), seed=3), bias_dtype)
+  for dtype in (jnp.bfloat16, F32):
+    out = run(
+      *make(45, 144, 80, 4),
+      [21, 0, 7, 12],
+      bias=bias,
+      preferred_element_type=dtype,
+      **gemm_options,
+    )
+    assert not out[40:].any()
+
+
+def test_bias_and_group_offset(gemm_options):
+  """It is of the groups that rhs holds."""
+  bias = oracle.random_floats((2, 16), seed=3)
+  for offset in [-1, 1, 4, SMALL, BIG]:
+    run(
+      *make(30, 16, 16, 2),
+      [3, 5, 0, 9, 6],
+      bias=bias,
+      group_offset=jnp.array([offset], jnp.int32),
+      **gemm_options,
+    )
+
+
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_bias_of_small_groups(split_k):
+  config = SmallGroupsConfig(
+    tile_m=8, tile_n=64, num_stages=2, split_k=split_k, num_sms=2
+  )
+  bias = oracle.random_floats((4, 80), seed=3)
+  options = dict(config=config, implementation="interpret", bias=bias)
+  run(*make(40, 80, 272, 4), [3, 0, 9, 17], **options)
+
+
+def test_bias_of_no_products(gemm_options):
+  bias = oracle.random_floats((2, 16), seed=3)
+  out = run(*make(5, 16, 0, 2), [2, 1], bias=bias, **gemm_options)
+  assert out[:3].all()
 
 
 # ---------------------------------------------------------------- NaN

@@ -94,6 +94,13 @@ def m_grouped(lhs, rhs, sizes):
   return m_grouped_gemm(quantize_tokens(lhs), quantize_weights(rhs), sizes)
 
 
+def biased(lhs, rhs, bias, sizes, implementation=None):
+  lhs, rhs = quantize_tokens(lhs), quantize_weights(rhs)
+  return m_grouped_gemm(
+    lhs, rhs, sizes, bias=bias, implementation=implementation
+  )
+
+
 def masked(lhs, rhs, sizes):
   lhs = quantize(lhs, (1, 1, 128))
   return m_grouped_gemm_masked(
@@ -118,6 +125,15 @@ FUNCTIONS = {
   "m_grouped_gemm": (
     m_grouped,
     (integers(BATCH, M, K), integers(BATCH, G, N, K), SIZES),
+  ),
+  "m_grouped_gemm-bias": (
+    biased,
+    (
+      integers(BATCH, M, K),
+      integers(BATCH, G, N, K),
+      integers(BATCH, G, N),
+      SIZES,
+    ),
   ),
   "m_grouped_gemm_masked": (
     masked,
@@ -318,6 +334,7 @@ def test_shard_map_of_tokens(recipe, through):
   "name",
   [
     "m_grouped_gemm",
+    "m_grouped_gemm-bias",
     "m_grouped_gemm_masked",
     "k_grouped_gemm",
     "quantize_for_k_grouped",
@@ -428,6 +445,15 @@ def test_masked_kernel_lowers_for_cuda_without_a_gpu(transform):
     return m_grouped_gemm_masked(lhs, rhs, sizes, implementation="mosaic_gpu")
 
   args = FUNCTIONS["m_grouped_gemm_masked"][1]
+  traced = jax.jit(functools.partial(transform, run)).trace(*args)
+  lowered = traced.lower(lowering_platforms=("cuda",))
+  assert lowered.as_text().count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize("transform", COMPOSED.values(), ids=COMPOSED)
+def test_kernel_with_a_bias_lowers_for_cuda_without_a_gpu(transform):
+  run = functools.partial(biased, implementation="mosaic_gpu")
+  args = FUNCTIONS["m_grouped_gemm-bias"][1]
   traced = jax.jit(functools.partial(transform, run)).trace(*args)
   lowered = traced.lower(lowering_platforms=("cuda",))
   assert lowered.as_text().count("mosaic_gpu_v2") == 1

@@ -146,12 +146,13 @@ def m_grouped_matmul(
   rhs: Float[Array, "g k n"] | ScaledArray,
   starts: Int32[Array, "g"],
   ends: Int32[Array, "g"],
+  bias: Float[Array, "g n"] | None = None,
   *,
   rhs_axis: int,
   out_dtype: DTypeLike,
   precision=lax.Precision.HIGHEST,
 ) -> Float[Array, "m n"]:
-  """out[r] = lhs[r] @ rhs[g] for starts[g] <= r < ends[g], else 0.
+  """out[r] = lhs[r] @ rhs[g] + bias[g] for starts[g] <= r < ends[g], else 0.
 
   `rhs_axis` is the axis of rhs[g] that is contracted.
   """
@@ -165,12 +166,16 @@ def m_grouped_matmul(
 
     def multiply():
       rows = lax.dynamic_slice_in_dim(lhs, row, tile_m)
-      weights = jax.tree.map(
-        lambda x: lax.dynamic_index_in_dim(x, group, keepdims=False), rhs
+      weights, added = jax.tree.map(
+        lambda x: lax.dynamic_index_in_dim(x, group, keepdims=False),
+        (rhs, bias),
       )
       if isinstance(weights, ScaledArray):
         weights = weights.dequantize()
-      return _dot(rows, weights, 1, rhs_axis, precision).astype(out_dtype)
+      product = _dot(rows, weights, 1, rhs_axis, precision)
+      if added is not None:
+        product += added.astype(product.dtype)
+      return product.astype(out_dtype)
 
     def zeros():
       return manual_axes.zeros((tile_m, n), out_dtype, lhs)
@@ -236,12 +241,13 @@ def m_grouped_gemm(
   rhs: ScaledArray,
   starts: Int32[Array, "g"],
   ends: Int32[Array, "g"],
+  bias: Float[Array, "g n"] | None,
   *,
   out_dtype: DTypeLike,
 ) -> Float[Array, "m n"]:
-  """out[r] = lhs[r] @ rhs[g].T, lhs (m, k), rhs (g, n, k) -> (m, n)."""
+  """out[r] = lhs[r] @ rhs[g].T + bias[g], lhs (m, k), rhs (g, n, k)."""
   return m_grouped_matmul(
-    lhs.dequantize(), rhs, starts, ends, rhs_axis=1, out_dtype=out_dtype
+    lhs.dequantize(), rhs, starts, ends, bias, rhs_axis=1, out_dtype=out_dtype
   )
 
 
