@@ -24,6 +24,7 @@ from jax_grouped_gemm import checks, manual_axes
 from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.moe.bias import add_bias
 from jax_grouped_gemm.moe.prologue import Activated, Prologue, Rows
 from jax_grouped_gemm.ops import m_grouped_gemm
 from jax_grouped_gemm.quantization import (
@@ -42,7 +43,7 @@ from jax_grouped_gemm.scaled_array import ScaledArray
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-  """out[r] = lhs[r] @ rhs[group of r], lhs made of x by the prologue.
+  """out[r] = lhs[r] @ rhs[g] + bias[g], r in g, lhs made of x by the prologue.
 
   Attributes:
     recipe: as in ragged_dot; with ScaledArrays as rhs, whose products are FP8,
@@ -65,24 +66,26 @@ class Product:
     group_sizes: Int[Array, "g"],
     index: Any = None,
     quantized: QuantizedWeights | None = None,
+    bias: Float[Array, "g n"] | None = None,
   ) -> Float[Array, "m n"]:
     """Returns out in x's dtype; rhs is (g, n, k) if it is a ScaledArray.
 
-    `quantized` is quantize_weights(rhs), where the caller has it.
+    `quantized` is quantize_weights(rhs), where the caller has it. The bias is
+    part of FP8 products whose lhs is quantised here, and else added to theirs.
     """
     fuse = self.fuse and prologue != Rows()
     if not fuse and prologue != Rows():
       x = _made(prologue, x, index, self.implementation)
       prologue, index = Rows(), None
-    x, index, rhs, quantized, group_sizes = vary_alike(
-      x, index, rhs, quantized, group_sizes
+    x, index, rhs, quantized, bias, group_sizes = vary_alike(
+      x, index, rhs, quantized, bias, group_sizes
     )
     call = _Call(self, prologue, rhs.dtype)
     if isinstance(rhs, ScaledArray):
       # Its backward pass says that there is none.
-      return _serve(call, x, index, rhs, group_sizes)
+      return _serve(call, x, index, rhs, bias, group_sizes)
     if not fuse:
-      return self.unfused(x, rhs, group_sizes, index, quantized)
+      return self.unfused(x, rhs, bias, group_sizes, index, quantized)
     if quantized is None:
       quantized = name_quantized_weights(
         quantize_weights(
@@ -94,11 +97,11 @@ class Product:
         )
       )
     dot = _fused_dot if self.fuse_always else _fused_forward
-    return dot(call, x, index, rhs, quantized, group_sizes)
+    return dot(call, x, index, rhs, quantized, bias, group_sizes)
 
-  def unfused(self, lhs, rhs, group_sizes, quantized_lhs, quantized_rhs):
+  def unfused(self, lhs, rhs, bias, group_sizes, quantized_lhs, quantized_rhs):
     """Returns out of an lhs that has been made."""
-    return ragged_dot(
+    out = ragged_dot(
       lhs,
       rhs,
       group_sizes,
@@ -108,6 +111,7 @@ class Product:
       quantized_rhs=quantized_rhs,
       implementation=self.implementation,
     )
+    return add_bias(out, bias, group_sizes)
 
 
 def _made(prologue: Prologue, x, index, implementation: str | None):
@@ -159,8 +163,8 @@ class _Call:
   rhs_dtype: DTypeLike
 
 
-def _multiply(call: _Call, x, index, weights: ScaledArray, group_sizes):
-  """out[r] = lhs[r] @ weights[group of r].T, weights (g, n, k)."""
+def _multiply(call: _Call, x, index, weights: ScaledArray, bias, group_sizes):
+  """out[r] = lhs[r] @ weights[g].T + bias[g], r in g, weights (g, n, k)."""
   product = call.product
   out_dtype = x.dtype if x.dtype == jnp.bfloat16 else jnp.float32
   lhs = call.prologue.quantize(
@@ -173,80 +177,84 @@ def _multiply(call: _Call, x, index, weights: ScaledArray, group_sizes):
     lhs,
     weights,
     group_sizes,
+    bias=bias,
     preferred_element_type=out_dtype,
     implementation=product.implementation,
   ).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused_dot(call: _Call, x, index, rhs, weights, group_sizes):
-  return _multiply(call, x, index, weights.forward, group_sizes)
+def _fused_dot(call: _Call, x, index, rhs, weights, bias, group_sizes):
+  return _multiply(call, x, index, weights.forward, bias, group_sizes)
 
 
-def _fused_dot_fwd(call: _Call, x, index, rhs, weights, group_sizes):
-  out = _fused_dot(call, x, index, rhs, weights, group_sizes)
+def _fused_dot_fwd(call: _Call, x, index, rhs, weights, bias, group_sizes):
+  out = _fused_dot(call, x, index, rhs, weights, bias, group_sizes)
   kept = rhs if call.product.recipe.dgrad == "bf16" else None
-  return out, (x, index, kept, weights.dgrad, group_sizes)
+  return out, (x, index, kept, weights.dgrad, bias, group_sizes)
 
 
 def _fused_dot_bwd(call: _Call, residuals, dout):
-  dx, drhs = _gradients(call, *residuals, dout)
-  return dx, None, drhs, None, None
+  dx, drhs, dbias = _gradients(call, *residuals, dout)
+  return dx, None, drhs, None, dbias, None
 
 
 # Of the forward pass it takes part in nothing but lhs: XLA leaves out the rest.
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients(call: _Call, x, index, rhs, dgrad: ScaledArray, sizes, dout):
-  """Those of x and rhs, by ragged_dot's backward pass and the prologue's."""
+def _gradients(
+  call: _Call, x, index, rhs, dgrad: ScaledArray, bias, sizes, dout
+):
+  """Those of x, rhs and bias, by the backward passes of what is not fused."""
   product = call.product
   if rhs is None:  # Its FP8 copy is multiplied in its place.
     rhs = manual_axes.zeros(dgrad.shape, call.rhs_dtype, dgrad.values)
 
-  def unfused(x, rhs):
+  def unfused(x, rhs, bias):
     lhs = call.prologue.apply(x, index, product.implementation)
     # Nor are the rows of lhs quantised: nothing is made of them.
     rows = jax.eval_shape(lambda: quantize(lhs, (1, SCALE_BLOCK)))
     rows = jax.tree.map(jnp.zeros_like, rows)
     weights = QuantizedWeights(dgrad.mT, dgrad)
-    return product.unfused(lhs, rhs, sizes, rows, weights)
+    return product.unfused(lhs, rhs, bias, sizes, rows, weights)
 
-  return jax.vjp(unfused, x, rhs)[1](dout)
+  return jax.vjp(unfused, x, rhs, bias)[1](dout)
 
 
 _fused_dot.defvjp(_fused_dot_fwd, _fused_dot_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused_forward(call: _Call, x, index, rhs, weights, group_sizes):
+def _fused_forward(call: _Call, x, index, rhs, weights, bias, group_sizes):
   """As _fused_dot, but not fused where it is differentiated."""
-  return _multiply(call, x, index, weights.forward, group_sizes)
+  return _multiply(call, x, index, weights.forward, bias, group_sizes)
 
 
-def _fused_forward_fwd(call: _Call, x, index, rhs, weights, group_sizes):
-  def unfused(x, rhs):
+def _fused_forward_fwd(call: _Call, x, index, rhs, weights, bias, group_sizes):
+  def unfused(x, rhs, bias):
     lhs = _made(call.prologue, x, index, call.product.implementation)
-    return call.product.unfused(lhs, rhs, group_sizes, None, weights)
+    return call.product.unfused(lhs, rhs, bias, group_sizes, None, weights)
 
-  return jax.vjp(unfused, x, rhs)
+  return jax.vjp(unfused, x, rhs, bias)
 
 
 def _fused_forward_bwd(call: _Call, vjp, dout):
-  dx, drhs = vjp(dout)
-  return dx, None, drhs, None, None
+  dx, drhs, dbias = vjp(dout)
+  return dx, None, drhs, None, dbias, None
 
 
 _fused_forward.defvjp(_fused_forward_fwd, _fused_forward_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _serve(call: _Call, x, index, weights, group_sizes):
-  return _multiply(call, x, index, weights, group_sizes)
+def _serve(call: _Call, x, index, weights, bias, group_sizes):
+  return _multiply(call, x, index, weights, bias, group_sizes)
 
 
 def _refuse_gradient(call, *args):
   raise NotImplementedError(
-    "ScaledArray weights have no gradient, nor has what is multiplied by them; "
-    "train with float weights, which a recipe quantises"
+    "ScaledArray weights have no gradient, nor has what is multiplied by them "
+    "or added to their products; train with float weights, which a recipe "
+    "quantises"
   )
 
 

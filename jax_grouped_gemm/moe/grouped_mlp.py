@@ -16,7 +16,6 @@ from jax_grouped_gemm.fused_quantization import ACTIVATIONS
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe.activation import Activation
-from jax_grouped_gemm.moe.bias import add_bias
 from jax_grouped_gemm.moe.fused import Product, choose_fusion
 from jax_grouped_gemm.moe.permutation import Permutation
 from jax_grouped_gemm.moe.prologue import Activated, Dispatched, Rows
@@ -63,8 +62,8 @@ def grouped_mlp(
                     (which has gate and up in alternate columns)
 
   Float weights are multiplied, and differentiable, as ragged_dot does it.
-  ScaledArrays, for serving, have no gradient and the layout of m_grouped_gemm:
-  output features first.
+  ScaledArrays, for serving, have no gradient, nor have biases then, and the
+  layout of m_grouped_gemm: output features first.
 
   Args:
     x: a row per token copy; with a permutation, a row per token.
@@ -72,7 +71,9 @@ def grouped_mlp(
     down: (g, f, d) floats, or a ScaledArray (g, d, f).
     group_sizes: rows of each group.
     activation: "swiglu", "geglu" or "swiglu_clamped".
-    gate_up_bias: (g, 2 f), added in float32.
+    gate_up_bias: (g, 2 f), added in float32: by the kernel, to the sums, where
+      copying or activation are fused, and with ScaledArrays; else to the
+      product once it is rounded.
     down_bias: (g, d), the same.
     recipe: of float weights, as in ragged_dot; with ScaledArrays, whose
       products are FP8, only its power_of_two_scales counts.
@@ -95,8 +96,8 @@ def grouped_mlp(
   is_scaled = isinstance(gate_up, ScaledArray)
   gate_up, down = _check_weights(x, gate_up, down, is_scaled)
   g, d, f = gate_up.shape[0], x.shape[1], _hidden(down, is_scaled)
-  gate_up_bias = _check_bias("gate_up_bias", gate_up_bias, (g, 2 * f))
-  down_bias = _check_bias("down_bias", down_bias, (g, d))
+  gate_up_bias = checks.check_bias("gate_up_bias", gate_up_bias, (g, 2 * f))
+  down_bias = checks.check_bias("down_bias", down_bias, (g, d))
   if activation not in ACTIVATIONS:
     raise ValueError(
       f"activation must be one of {ACTIVATIONS}, got {activation!r}"
@@ -122,20 +123,21 @@ def grouped_mlp(
 
   quantized_gate_up, quantized_down = quantized_weights or (None, None)
 
-  def rest(hidden, gate_up_bias, down, down_bias, group_sizes):
-    hidden = add_bias(hidden, gate_up_bias, group_sizes)
-    out = dot(
-      Activated(activation), hidden, down, group_sizes, None, quantized_down
+  def rest(hidden, down, down_bias, group_sizes):
+    prologue = Activated(activation)
+    return dot(
+      prologue, hidden, down, group_sizes, None, quantized_down, down_bias
     )
-    return add_bias(out, down_bias, group_sizes)
 
   if rematerialize and not is_fused:
     keep_weights = jax.checkpoint_policies.save_only_these_names(
       QUANTIZED_WEIGHTS
     )
     rest = jax.checkpoint(rest, policy=keep_weights)
-  hidden = dot(copies, x, gate_up, group_sizes, index, quantized_gate_up)
-  return rest(hidden, gate_up_bias, down, down_bias, group_sizes)
+  hidden = dot(
+    copies, x, gate_up, group_sizes, index, quantized_gate_up, gate_up_bias
+  )
+  return rest(hidden, down, down_bias, group_sizes)
 
 
 # ---------------------------------------------------------------- checks
@@ -211,13 +213,3 @@ def _check_permutation(permutation: Permutation, x) -> int:
       f"{x.shape[0]} as x, got {shape} and {jnp.shape(permutation.order)}"
     )
   return rows
-
-
-def _check_bias(name: str, bias, shape):
-  if bias is None:
-    return None
-  bias = jnp.asarray(bias)
-  checks.check_input_dtype(name, bias.dtype)
-  if bias.shape != shape:
-    raise ValueError(f"{name} must be {shape}, got {bias.shape}")
-  return bias

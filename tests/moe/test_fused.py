@@ -126,7 +126,7 @@ def with_gradients(run, *args):
   ],
   ids=["fp8", "geglu", "clamped", "bf16 wgrad", "bf16 dgrad", "e5m2"],
 )
-def test_is_the_unfused_mlp(recipe, activation, biases):
+def test_is_the_unfused_mlp(recipe, activation, biases, rounded_once):
   run = functools.partial(mlp, recipe=recipe, activation=activation)
   args = X, *WEIGHTS, *biases
   got = with_gradients(run, *args)
@@ -166,6 +166,8 @@ def test_serving():
   out = jax.jit(mlp)(X, *scaled, *BIASES)
   equal(out, jax.jit(functools.partial(mlp, fuse=False))(X, *scaled, *BIASES))
   equal(out, jax.jit(mlp)(X, *WEIGHTS, *BIASES))
+  by_default = functools.partial(mlp, fuse=None, implementation="interpret")
+  equal(out, jax.jit(by_default)(X, *WEIGHTS, *BIASES))
   with pytest.raises(NotImplementedError, match="have no gradient"):
     jax.grad(lambda x: mlp(x, *scaled).sum())(X)
 
@@ -244,9 +246,10 @@ def fused_by_xla(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(dgrad="bf16")], ids=str)
-def test_checkpoint_and_scan(fused_by_xla, recipe):
+def test_checkpoint_and_scan(fused_by_xla, rounded_once, recipe):
   """Two layers, all of it computed once more but the weights' copies."""
-  layers = jax.tree.map(lambda w: jnp.stack([w, w * 0.5]), WEIGHTS)
+  params = *WEIGHTS, *BIASES
+  layers = jax.tree.map(lambda w: jnp.stack([w, w * 0.5]), params)
   policy = jax.checkpoint_policies.save_only_these_names(QUANTIZED_WEIGHTS)
 
   def loss(x, layers, fuse, checkpoint):
@@ -271,17 +274,19 @@ def test_weights_quantised_once(fused_by_xla):
   equal(with_gradients(run, X, *(0 * w for w in WEIGHTS)), expected)
 
 
-def test_shard_map(fused_by_xla):
+def test_shard_map(fused_by_xla, rounded_once):
   """Tokens over devices, weights on all: their gradient is a sum."""
   mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
   def run(fuse):
-    def out(x, experts, weights):
+    def out(x, experts, weights, biases):
       permutation = moe.sort_by_expert(experts, E)
       rows = moe.grouped_mlp(
         x,
         *weights,
         permutation.group_sizes,
+        gate_up_bias=biases[0],
+        down_bias=biases[1],
         permutation=permutation,
         fuse=fuse,
       )
@@ -290,13 +295,13 @@ def test_shard_map(fused_by_xla):
     sharded = jax.shard_map(
       out,
       mesh=mesh,
-      in_specs=(jax.P("d"), jax.P("d"), jax.P()),
+      in_specs=(jax.P("d"), jax.P("d"), jax.P(), jax.P()),
       out_specs=jax.P("d"),
     )
-    loss = lambda x, w: (
-      (sharded(x, EXPERTS, w) * DOUT[:T]).astype(jnp.float32).sum()
+    loss = lambda x, *params: (
+      (sharded(x, EXPERTS, *params) * DOUT[:T]).astype(jnp.float32).sum()
     )
-    return jax.jit(jax.value_and_grad(loss, (0, 1)))(X, WEIGHTS)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(X, WEIGHTS, BIASES)
 
   near(run(True), run(False))
 
@@ -341,6 +346,7 @@ def layer(x, params, **kwargs):
 def test_layer():
   """None means the fused form, as the kernels compute."""
   params = moe.MoeParams(normal(D, E), *WEIGHTS)
+  params = params._replace(gate_up_bias=BIASES[0], down_bias=BIASES[1])
   forms = dict(implementation="interpret"), dict(implementation="xla")
   got, unfused = (
     with_gradients(functools.partial(layer, **form), X, params)
@@ -356,6 +362,32 @@ def kernels_of(fn, *args):
     compile_for_hopper(fn, *args).as_text(),
   )
   return {name: names.count(name) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_kernels_add_the_biases(is_scaled):
+  """Nothing else reads the products to write them once more."""
+  e, d, f = 4, 128, 192
+  shape = jax.ShapeDtypeStruct
+  params = moe.MoeParams(
+    shape((d, e), BF16),
+    shape((e, d, 2 * f), BF16),
+    shape((e, f, d), BF16),
+    gate_up_bias=shape((e, 2 * f), BF16),
+    down_bias=shape((e, d), BF16),
+  )
+
+  def run(x, params):
+    if is_scaled:
+      weights = (params.gate_up.mT, params.down.mT)
+      weights = [quantize(w, (1, 128, 128)) for w in weights]
+      params = params._replace(gate_up=weights[0], down=weights[1])
+    return layer(x, params, implementation="mosaic_gpu")
+
+  text = compile_for_hopper(run, shape((256, d), BF16), params).as_text()
+  made = re.findall(rf"= bf16\[{256 * K},{2 * f}\]\S* (\S+)\(", text)
+  assert set(made) <= {"custom-call", "get-tuple-element", "bitcast"}, made
 
 
 @pytest.mark.slow
