@@ -34,7 +34,7 @@ def test_run_and_plot(tmp_path, capsys):
     assert row["peak_bytes"] > 0
   ours, unfused, bf16 = rows[:3]
   assert tuple(unfused["stages"]) == moe_stages.STAGES
-  # Without a bias nothing is left of it.
+  # Nothing is left of it.
   assert set(ours["stages"]) == {*moe_stages.STAGES} - {"activation"}
   assert set(bf16["stages"]) == {
     stage for stage in moe_stages.STAGES if "quantize" not in stage

@@ -12,6 +12,7 @@ import pytest
 from jax_grouped_gemm import (
   Config,
   Recipe,
+  SmallGroupsConfig,
   k_grouped_gemm,
   m_grouped_gemm,
   quantize,
@@ -159,6 +160,72 @@ def test_m_grouped_group_offset():
     oracle.check_m_grouped(
       out, lhs, rhs, sizes, offset, row_error=ROW_ERROR[BF16]
     )
+
+
+@pytest.mark.parametrize(
+  "config, dtype",
+  [
+    (None, BF16),
+    (None, F32),
+    (Config(tile_n=128, compute_wgs=3, turns=True, dynamic=True), BF16),
+    (Config(multicast="rhs", dynamic=True), BF16),
+    (Config(tile_n=64, cluster=1, num_sms=4), F32),
+    (SmallGroupsConfig(), BF16),
+    (SmallGroupsConfig(tile_m=64, split_k=2), F32),
+  ],
+)
+def test_m_grouped_bias(config, dtype):
+  """Of each row's group, as large as the products; as XLA adds it."""
+  n, k = 1104, 2880
+  run = gemm(m_grouped_gemm, preferred_element_type=dtype, config=config)
+  by_xla = functools.partial(
+    m_grouped_gemm, preferred_element_type=dtype, implementation="xla"
+  )
+  for sizes, m, offset in [
+    (SIZES, sum(SIZES) + 75, None),
+    ((3, 126, 7, 0, 255, 64), 600, None),
+    ((5, 2**31 - 1, 2**31 - 1, 3, 1, 1), 600, None),
+    ((30, 100, 0, 171, 60, 9, 11, 12), 400, 1),
+    ((0,) * 6, 600, None),
+  ]:
+    lhs, rhs = operands(m, n, k, 6)
+    bias = jnp.asarray(50 * normal(6, n), BF16)
+    options = dict(bias=bias)
+    if offset is not None:
+      options["group_offset"] = jnp.array([offset])
+    poison((m, n), dtype)
+    out = run(lhs, rhs, jnp.array(sizes), **options)
+    oracle.check_m_grouped(
+      out, lhs, rhs, sizes, offset, row_error=ROW_ERROR[dtype], bias=bias
+    )
+    expected = jax.jit(by_xla)(lhs, rhs, jnp.array(sizes), **options)
+    error = np.float64(out) - np.float64(expected)
+    assert np.linalg.norm(error) <= 2 * ROW_ERROR[dtype] * np.linalg.norm(
+      expected
+    )
+    # Without it the kernel still multiplies, and adds nothing.
+    del options["bias"]
+    out = run(lhs, rhs, jnp.array(sizes), **options)
+    oracle.check_m_grouped(
+      out, lhs, rhs, sizes, offset, row_error=ROW_ERROR[dtype]
+    )
+
+
+def test_m_grouped_bias_of_gpt_oss():
+  """Experts of many sizes; the same bits from run to run."""
+  g, n, k = 32, 5760, 2880  # On each of four devices.
+  sizes = RNG.multinomial(8192, RNG.dirichlet(np.ones(g)))
+  lhs, rhs = operands(8200, n, k, g)
+  bias = jnp.asarray(normal(g, n), BF16)
+  run = gemm(m_grouped_gemm, bias=bias)
+  first = np.asarray(run(lhs, rhs, jnp.asarray(sizes)))
+  oracle.check_m_grouped(
+    first, lhs, rhs, sizes, row_error=ROW_ERROR[BF16], bias=bias
+  )
+  for _ in range(5):
+    poison(first.shape, BF16)
+    again = np.asarray(run(lhs, rhs, jnp.asarray(sizes)))
+    np.testing.assert_array_equal(first.view(np.uint16), again.view(np.uint16))
 
 
 def test_m_grouped_nan_stays_where_it_is():

@@ -178,7 +178,7 @@ PARAMS = moe.MoeParams(
   [Recipe(), Recipe(wgrad="bf16"), Recipe(gradient_dtype=E5M2)],
   ids=["fp8", "bf16 wgrad", "e5m2"],
 )
-def test_layer_and_its_gradients(recipe, activation):
+def test_layer_and_its_gradients(recipe, activation, rounded_once):
   """As of the unfused layer, but for a step of FP8 here and there."""
 
   @functools.partial(jax.jit, static_argnames="fuse")
@@ -194,6 +194,26 @@ def test_layer_and_its_gradients(recipe, activation):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     a, b = np.float64(a), np.float64(b)
     assert np.linalg.norm(a - b) <= 2**-7 * np.linalg.norm(b)
+
+
+@activations
+@pytest.mark.parametrize("tokens", [5, T])
+def test_forward_pass_with_biases(tokens, activation, rounded_once):
+  """By default fused where nothing is differentiated, few tokens or many."""
+  layer = jax.jit(
+    lambda x, params, fuse: (
+      moe.moe_layer(x, params, K, activation=activation, fuse=fuse).out
+    ),
+    static_argnums=2,
+  )
+  x = normal(T, D)[:tokens]
+  params = PARAMS._replace(  # As large as the products.
+    gate_up_bias=normal(E, 2 * F), down_bias=normal(E, D)
+  )
+  got, want = (np.float64(layer(x, params, fuse)) for fuse in (None, False))
+  assert np.linalg.norm(got - want) <= 2**-7 * np.linalg.norm(want)
+  without = np.float64(layer(x, params._replace(down_bias=None), None))
+  assert np.linalg.norm(got - without) >= 2**-2 * np.linalg.norm(want)
 
 
 def test_serving():

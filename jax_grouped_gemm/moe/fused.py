@@ -49,7 +49,8 @@ class Product:
     recipe: as in ragged_dot; with ScaledArrays as rhs, whose products are FP8,
       only its power_of_two_scales counts.
     implementation: as in ragged_dot.
-    fuse: whether the prologue is part of the quantisation.
+    fuse: whether the prologue is part of the quantisation, and the bias of the
+      product.
     fuse_always: whether it is in a forward pass with a backward pass, too.
   """
 
@@ -70,11 +71,11 @@ class Product:
   ) -> Float[Array, "m n"]:
     """Returns out in x's dtype; rhs is (g, n, k) if it is a ScaledArray.
 
-    `quantized` is quantize_weights(rhs), where the caller has it. The bias is
-    part of FP8 products whose lhs is quantised here, and else added to theirs.
+    `quantized` is quantize_weights(rhs), where the caller has it.
     """
-    fuse = self.fuse and prologue != Rows()
-    if not fuse and prologue != Rows():
+    is_made = prologue != Rows()
+    fuse = self.fuse and (is_made or bias is not None)
+    if not fuse and is_made:
       x = _made(prologue, x, index, self.implementation)
       prologue, index = Rows(), None
     x, index, rhs, quantized, bias, group_sizes = vary_alike(
@@ -96,7 +97,7 @@ class Product:
           ),
         )
       )
-    dot = _fused_dot if self.fuse_always else _fused_forward
+    dot = _fused_dot if self.fuse_always and is_made else _fused_forward
     return dot(call, x, index, rhs, quantized, bias, group_sizes)
 
   def unfused(self, lhs, rhs, bias, group_sizes, quantized_lhs, quantized_rhs):
@@ -232,8 +233,9 @@ def _fused_forward(call: _Call, x, index, rhs, weights, bias, group_sizes):
 def _fused_forward_fwd(call: _Call, x, index, rhs, weights, bias, group_sizes):
   def unfused(x, rhs, bias):
     lhs = _made(call.prologue, x, index, call.product.implementation)
-    return call.product.unfused(lhs, rhs, bias, group_sizes, None, weights)
+    return call.product.unfused(lhs, rhs, bias, group_sizes, rows, weights)
 
+  rows = index if call.prologue == Rows() else None
   return jax.vjp(unfused, x, rhs, bias)
 
 

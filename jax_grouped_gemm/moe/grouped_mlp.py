@@ -71,9 +71,8 @@ def grouped_mlp(
     down: (g, f, d) floats, or a ScaledArray (g, d, f).
     group_sizes: rows of each group.
     activation: "swiglu", "geglu" or "swiglu_clamped".
-    gate_up_bias: (g, 2 f), added in float32: by the kernel, to the sums, where
-      copying or activation are fused, and with ScaledArrays; else to the
-      product once it is rounded.
+    gate_up_bias: (g, 2 f), added in float32: where it is fused, and with
+      ScaledArrays, to the sums; else to the product, once that is rounded.
     down_bias: (g, d), the same.
     recipe: of float weights, as in ragged_dot; with ScaledArrays, whose
       products are FP8, only its power_of_two_scales counts.
@@ -87,9 +86,10 @@ def grouped_mlp(
     quantized_weights: quantize_weights of gate_up and of down, to be used for
       many calls, as ragged_dot's quantized_rhs.
     fuse: whether copying and activation are part of the quantisation for the
-      products, so that they are not written in between. None: where the kernels
-      compute FP8 products of bfloat16 x, d and f multiples of 16, unless a
-      backward pass follows, which is faster without. True demands it.
+      products, and biases of the products, so that nothing else is written in
+      between. None: where the kernels compute FP8 products of bfloat16 x, d and
+      f multiples of 16, unless a backward pass follows, which is faster
+      without. True demands it.
     implementation: as in ragged_dot.
   """
   x = jnp.asarray(x)

@@ -137,15 +137,20 @@ def test_is_the_unfused_mlp(recipe, activation, biases, rounded_once):
 
 
 @interpreted
-def test_without_a_permutation():
-  """Only the activation is fused; x is sorted already."""
+@pytest.mark.parametrize("biases", [(), BIASES], ids=["", "biases"])
+def test_without_a_permutation(biases, rounded_once):
+  """x is sorted already: only the activation is fused, and biases."""
   rows, permutation = moe.dispatch(X, EXPERTS, E)
   equal(permutation, PERMUTATION)
   run = functools.partial(mlp, permutation=None)
-  args = rows, *WEIGHTS
+  args = rows, *WEIGHTS, *biases
   got = with_gradients(run, *args)
   equal(got, with_gradients(functools.partial(run, fuse=False), *args))
-  equal(got[0], jax.jit(mlp)(X, *WEIGHTS))
+  equal(got[0], jax.jit(mlp)(X, *WEIGHTS, *biases))
+  # Quantised already, too, which is read instead.
+  quantized = functools.partial(run, quantized_x=quantize(rows, (1, 128)))
+  equal(jax.jit(quantized)(0 * rows, *args[1:]), got[0])
+  equal(with_gradients(quantized, *args), got)
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe.bf16()])
