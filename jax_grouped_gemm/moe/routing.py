@@ -12,6 +12,9 @@ from jax_grouped_gemm.manual_axes import vary_alike
 Score = Literal["softmax", "sigmoid"]
 _SCORES = get_args(Score)
 _BEST_OF_GROUP = 2  # experts whose scores make a group's, as in DeepSeek-V3.
+# The best are found by as many reductions, up to so many and of so many scores;
+# fewer are sorted as fast (H200).
+_MAX_REDUCTIONS, _LEAST_REDUCED = 16, 2**19
 
 
 class Routing(NamedTuple):
@@ -85,7 +88,7 @@ def route_top_k(
     choice = choice + lax.stop_gradient(expert_bias.astype(jnp.float32))
   if top_expert_groups < num_expert_groups:
     choice = _only_best_groups(choice, num_expert_groups, top_expert_groups)
-  experts = lax.top_k(choice, top_k)[1].astype(jnp.int32)
+  experts = _best(choice, top_k)
   weights = _take(*vary_alike(scores, experts))
   if normalize:
     weights = weights / weights.sum(axis=-1, keepdims=True)
@@ -125,12 +128,33 @@ def count(experts: Int32[Array, "..."], num_experts: int) -> Int32[Array, "e"]:
   return jnp.sum(experts.reshape(-1) == ids[:, None], axis=1, dtype=jnp.int32)
 
 
+def _best(x: Float32[Array, "... e"], k: int) -> Int32[Array, "... k"]:
+  """Returns the indices that lax.top_k does, with NaN as the largest number.
+
+  XLA on a GPU would sort all e numbers.
+  """
+  if k > _MAX_REDUCTIONS or x.size < _LEAST_REDUCED:
+    return lax.top_k(x, k)[1].astype(jnp.int32)
+  # In the order of the numbers, and with one below all of them.
+  bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)  # -0.0 is 0.0.
+  least, most = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+  order = jnp.where(bits < 0, bits ^ most, bits)
+  order = jnp.where(jnp.isnan(x), most, order)
+  ids = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+  chosen = []
+  for _ in range(k):
+    chosen.append(lax.argmax(order, order.ndim - 1, jnp.int32))
+    order = jnp.where(ids == chosen[-1][..., None], least, order)
+  return jnp.stack(chosen, axis=-1)
+
+
 def _only_best_groups(choice: Float32[Array, "t e"], groups: int, keep: int):
   """Sets the scores of all but the best groups of experts to -inf."""
   t, e = choice.shape
   grouped = choice.reshape(t, groups, e // groups)
-  best = lax.top_k(grouped, min(_BEST_OF_GROUP, e // groups))[0].sum(axis=-1)
-  kept = lax.top_k(best, keep)[1]
+  best = _best(grouped, min(_BEST_OF_GROUP, e // groups))
+  best = jnp.take_along_axis(grouped, best, axis=-1).sum(axis=-1)
+  kept = _best(best, keep)
   is_kept = jnp.any(kept[:, :, None] == jnp.arange(groups), axis=1)
   return jnp.where(is_kept[:, :, None], grouped, -jnp.inf).reshape(t, e)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jax_grouped_gemm import moe
+from jax_grouped_gemm.moe import routing as routing_module
 
 T, E, K, D = 37, 8, 3, 5
 RNG = np.random.default_rng(0)
@@ -33,6 +34,17 @@ def dense(routing):
 # ---------------------------------------------------------------- router
 
 
+@pytest.fixture(params=["sorted", "reduced"])
+def search(request, monkeypatch):
+  """How the best experts are found: of many scores by reductions."""
+  least = 0 if request.param == "reduced" else 10**9
+  monkeypatch.setattr(routing_module, "_LEAST_REDUCED", least)
+
+
+searches = pytest.mark.usefixtures("search")
+
+
+@searches
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("bias", [0.0, RNG.standard_normal(E)])
@@ -65,11 +77,23 @@ def test_route(score, normalize, bias):
   close(*vjp(cotangents), *oracle_vjp(cotangents))
 
 
+@searches
 def test_best_expert_first_and_first_of_equals():
   logits = jnp.array([[0.0, 3, 1, 3], [2, 2, 2, 2]])
   routing = moe.route_top_k(logits, 3)
   equal(routing.experts, [[1, 3, 2], [0, 1, 2]])
   close(routing.weights[1], [1 / 3] * 3)
+
+
+def test_the_best_of_equal_infinite_and_missing_numbers(monkeypatch):
+  """As lax.top_k, whose NaN is the largest number; each expert once."""
+  monkeypatch.setattr(routing_module, "_LEAST_REDUCED", 0)
+  x = RNG.integers(-2, 3, (200, 17)).astype(np.float32)
+  for value in (np.nan, np.inf, -np.inf, -np.inf, -0.0):
+    x[RNG.random(x.shape) < 0.15] = value
+  for k in (1, 4, 16):
+    found = routing_module._best(jnp.asarray(x), k)
+    equal(found, jax.lax.top_k(jnp.asarray(x) + 0.0, k)[1])
 
 
 def test_even_routing_has_balance_loss_one():
@@ -90,6 +114,7 @@ def test_expert_bias_has_no_gradient_and_no_weight():
   close(routing.weights[:, 0], jax.nn.softmax(LOGITS)[:, 5])
 
 
+@searches
 def test_expert_groups():
   """As DeepSeek-V3 restricts a token to few nodes, in loops over tokens."""
   bias = jnp.linspace(-0.1, 0.1, E)
@@ -225,6 +250,7 @@ def test_copies_of_nobody_come_last():
   equal(rows[len(expected) :], x[jnp.array([3, 5, 9])])
 
 
+@searches
 def test_nan_stays_with_its_token():
   def run(logits, x):
     routing = moe.route_top_k(logits, K)
