@@ -43,6 +43,11 @@ from jax_grouped_gemm.kernels import (
 from jax_grouped_gemm.kernels._k_tiles import Tile
 from jax_grouped_gemm.kernels._pipeline import Ref
 
+# Of wider tiles, registers do not hold sums, products and scaled products: they
+# are promoted in one step, slice by slice.
+_MOST_COLUMNS_IN_TWO_STEPS = 128
+_SLICE_N = 64
+
 
 class _Refs(NamedTuple):
   """Refs of the kernel: operands in GMEM, slots in SMEM, barriers."""
@@ -103,20 +108,29 @@ def _load_tile(refs: _Refs, config: Config, tile: Tile, step, beside):
 
 
 def _accumulate_tile(refs: _Refs, config: Config, tile: Tile, step):
-  """Returns the warpgroup's (64, tile_n) sum over the group's blocks."""
+  """Returns the warpgroup's sums over the group's blocks.
+
+  They are (64, tile_n), as slices of columns.
+  """
+  is_wide = config.tile_n > _MOST_COLUMNS_IN_TWO_STEPS
+  promotion = _promotion_of_slices if is_wide else _promotion_in_two_steps
+  sums = _main_loop.accumulate(
+    refs, config, tile.k_iters, step, **promotion(refs, config)
+  )
+  return sums if is_wide else sums[:1]
+
+
+def _promotion_in_two_steps(refs: _Refs, config: Config):
+  """The next products start after one multiplication, not after both."""
   shape = (WGMMA_M, config.tile_n)
 
   def load_scales(slot, ki, rows):
     del ki  # The slot has both scales.
     lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
-    rhs_scales = plgpu.load(
-      refs.rhs_scales_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0)
-    )
-    return lhs_scales, rhs_scales
+    return lhs_scales, _load_columns(refs, slot, 0, config.tile_n)
 
   def promote(sums, products, scales):
     (acc, *_), (rows, cols) = sums, scales
-    # The next products start after this multiplication, not after both.
     return acc, products * lax.broadcast_in_dim(cols, shape, (1,)), rows
 
   def settle(sums):
@@ -127,17 +141,48 @@ def _accumulate_tile(refs: _Refs, config: Config, tile: Tile, step):
   no_rows = plgpu.layout_cast(
     jnp.zeros(WGMMA_M, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
   )
-  acc, *_ = _main_loop.accumulate(
-    refs,
-    config,
-    tile.k_iters,
-    step,
+  return dict(
     load_scales=load_scales,
     promote=promote,
     settle=settle,
     init=lambda: (zeros, zeros, no_rows),
   )
-  return [acc]
+
+
+def _promotion_of_slices(refs: _Refs, config: Config):
+  """Registers hold sums, products and the column scales of one slice."""
+  shape = (WGMMA_M, _SLICE_N)
+  first, *others = range(0, config.tile_n, _SLICE_N)
+
+  def load_scales(slot, ki, rows):
+    del ki
+    lhs_scales = _main_loop.load_row_scales(refs.lhs_scales_smem, slot, rows)
+    return slot, lhs_scales, _load_columns(refs, slot, first, _SLICE_N)
+
+  def promote(sums, products, scales):
+    slot, rows, cols = scales
+    cols = [cols, *(_load_columns(refs, slot, c, _SLICE_N) for c in others)]
+    rows = lax.broadcast_in_dim(rows, shape, (0,))
+    return [
+      acc
+      + products[:, j * _SLICE_N :][:, :_SLICE_N]
+      * lax.broadcast_in_dim(cols_of_slice, shape, (1,))
+      * rows
+      for j, (acc, cols_of_slice) in enumerate(zip(sums, cols, strict=True))
+    ]
+
+  zeros = _pipeline.wgmma_zeros(shape)
+  return dict(
+    load_scales=load_scales,
+    promote=promote,
+    init=lambda: [zeros, *(zeros for _ in others)],
+  )
+
+
+def _load_columns(refs: _Refs, slot, col: int, count: int):
+  """Returns the scales of columns of the slot."""
+  scales = refs.rhs_scales_smem.at[slot, pl.ds(col, count)]
+  return plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(0))
 
 
 def _compute_tiles(refs: _Refs, config: Config):

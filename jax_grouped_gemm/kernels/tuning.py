@@ -57,12 +57,15 @@ _SMALL_GROUP = 64  # rows, on average; more are not for that kernel.
 _ROW_SPREAD = 1.5  # Of a group's rows to their average; more are a second tile.
 _MOST_SLOTS = 24  # of small tiles
 
-# K-grouped: rates of tile_n relative to the best, when all columns are used.
-# Tiles of 192 columns do not fit: out is f32, and both operands have scales. 64
-# is an estimate. CTAs that share lhs are 0 to 3 % slower (H200, H100). Claimed
-# tiles are 3 % faster for 16 groups and 3 % slower for 4 (H200).
+# K-grouped: rates of tile_n relative to 128 when all columns are used. 64 is an
+# estimate. 192 pays where groups have many tokens, as a tile costs more besides
+# its slices (8192: 1.05, 4096: 1.02, 2048: 1.00; H200). CTAs that share lhs are
+# 0 to 3 % slower (H200, H100). Claimed tiles are 3 % faster for 16 groups and
+# 3 % slower for 4 (H200).
 _K_GROUPED_DYNAMIC_GROUPS = 8
 _K_GROUPED_RATES = {128: 1.0, 64: 0.6}
+_K_GROUPED_RATES_MANY_TOKENS = {**_K_GROUPED_RATES, 192: 1.05}
+_K_GROUPED_MANY_TOKENS = 6144  # of a group, on average
 
 # 16-bit operands: rates of tile_n, and of the CTAs that share lhs, relative to
 # the best. Estimates. Two slots are too few to hide the loads.
@@ -228,12 +231,15 @@ def k_grouped_config(
   if measured:
     return measured
 
+  many_tokens = t >= g * _K_GROUPED_MANY_TOKENS
+  rates = _K_GROUPED_RATES_MANY_TOKENS if many_tokens else _K_GROUPED_RATES
+
   def time(tile_n):
-    return -(-n // tile_n) * tile_n / _K_GROUPED_RATES[tile_n]
+    return -(-n // tile_n) * tile_n / rates[tile_n]
 
   dynamic = g >= _K_GROUPED_DYNAMIC_GROUPS
   best = Config(
-    tile_n=min(_K_GROUPED_RATES, key=time),
+    tile_n=min(rates, key=time),
     cluster=1,
     raster_width=8 if dynamic else 4,
     dynamic=dynamic,

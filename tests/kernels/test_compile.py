@@ -48,9 +48,10 @@ SMALL_GROUPS = {
 }
 # With the least n it is chosen for.
 K_GROUPED = {
-  tuning.k_grouped_config(256, n, 1024, g): n
+  tuning.k_grouped_config(256, n, t, g): n
   for n in reversed(WIDTHS)
   for g in (4, 16)
+  for t in (1024, 2**18)
 }
 
 

@@ -31,7 +31,14 @@ def run(sizes, t, m, n, config, accumulator=False, dtype=jnp.float32):
 
 @pytest.mark.parametrize(
   "tile_n, cluster, accumulator",
-  [(64, 1, True), (64, 2, False), (128, 1, False), (128, 2, True)],
+  [
+    (64, 1, True),
+    (64, 2, False),
+    (128, 1, False),
+    (128, 2, True),
+    (192, 1, True),
+    (192, 2, False),
+  ],
 )
 def test_every_tile(interpreter, tile_n, cluster, accumulator):
   config = Config(tile_n=tile_n, cluster=cluster, num_stages=2, num_sms=2)

@@ -90,6 +90,19 @@ def test_tiles_of_long_calls_are_claimed():
     assert tuning.k_grouped_config(4096, 7168, 2**15, g).dynamic == dynamic
 
 
+def test_k_grouped_tiles_are_wide_where_groups_have_many_tokens():
+  """And columns in vain do not cost more than that saves."""
+  for n, tokens, tile_n in (
+    (7168, 8192, 192),
+    (7168, 2048, 128),
+    (256, 8192, 128),
+    (48, 8192, 64),
+  ):
+    chosen = tuning.k_grouped_config(4096, n, 4 * tokens, 4)
+    assert chosen.tile_n == tile_n
+    assert chosen.num_stages >= 3
+
+
 def test_the_heuristic_weighs_rows_in_vain():
   assert config(m=2**15, n=6144, k=4096).tile_m == 192
   assert config(m=2**15, n=6144, k=4096, g=256).tile_m == 128
