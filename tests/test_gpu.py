@@ -171,7 +171,7 @@ def test_m_grouped_group_offset():
     (Config(multicast="rhs", dynamic=True), BF16),
     (Config(tile_n=64, cluster=1, num_sms=4), F32),
     (SmallGroupsConfig(), BF16),
-    (SmallGroupsConfig(tile_m=64, split_k=2), F32),
+    (SmallGroupsConfig(tile_m=64, num_stages=6, split_k=2), F32),
   ],
 )
 def test_m_grouped_bias(config, dtype):
