@@ -8,6 +8,7 @@ python -m benchmarks plot benchmarks/results/m_grouped-h200.json
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--commit", help="what runs, where git cannot tell")
   args = parser.parse_args(argv)
   if args.do == "plot":
-    draw = _PLOTS.get(args.json.name.partition("-")[0], plot)
+    draw = _PLOTS.get(json.loads(args.json.read_text())["benchmark"], plot)
     return draw(args.json, args.png or args.json.with_suffix(".png"))
   if args.do == "run" and args.benchmark in _LAYERS:
     return _LAYERS[args.benchmark](args, argv)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from benchmarks import stage_bars
 from benchmarks.expert_parallel_stages import STAGES
 
 
@@ -19,22 +20,20 @@ def plot(source: Path, target: Path) -> int:
   staged = [r for r in rows if "stages" in r and r["devices"] == most]
   figure, (scaling, bars) = plt.subplots(
     2,
-    figsize=(9, 5 + 0.3 * len(staged)),
+    figsize=(10, 5 + 0.3 * len(staged)),
     height_ratios=[4, 1 + 0.3 * len(staged)],
     layout="constrained",
   )
   _draw_scaling(scaling, [row for row in rows if row["impl"] == "ours"])
-  _draw_stages(bars, staged)
-  bars.set_xlabel(
-    "time of each stage alone / time of the whole layer; "
-    f"{most} x {result['device']}, {result['date']}"
+  stage_bars.draw(
+    bars,
+    staged,
+    STAGES,
+    time_of=lambda row, stage: row["stages"].get(stage, 0),
+    bound_of=lambda row: row.get("bound_us"),
+    what="time of each stage alone",
   )
-  figure.legend(
-    *bars.get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=len(STAGES),
-    fontsize=7,
-  )
+  bars.set_title(f"{most} x {result['device']}, {result['date']}", fontsize=9)
   figure.savefig(target, dpi=110)
   print(target)
   return 0
@@ -63,20 +62,3 @@ def _draw_scaling(axes, rows):
   axes.set_xlabel("devices, each with as many tokens")
   axes.set_ylabel("time on one device / time on all")
   axes.legend(fontsize=6, handlelength=5)
-
-
-def _draw_stages(axes, rows):
-  labels = [f"{row['set']} {row['shape']} {row['impl']}" for row in rows]
-  left = [0.0] * len(rows)
-  for i, stage in enumerate(STAGES):
-    widths = [row["stages"].get(stage, 0) / row["us"] for row in rows]
-    axes.barh(labels, widths, left=left, color=f"C{i}", label=stage)
-    left = [a + b for a, b in zip(left, widths, strict=True)]
-  for i, row in enumerate(rows):
-    axes.text(max(left[i], 1), i, f" {row['us']:.0f} us", va="center")
-    if "of_bound" in row:
-      axes.vlines(row["of_bound"], i - 0.4, i + 0.4, colors="black")
-  axes.axvline(1, color="black", linewidth=0.8)
-  axes.invert_yaxis()
-  axes.margins(x=0.15)
-  axes.set_title("vertical lines: the bound", fontsize=8)

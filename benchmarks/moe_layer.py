@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from tqdm import tqdm
 
-from benchmarks import moe_stages
+from benchmarks import moe_stages, stage_bars
 from benchmarks.moe_stages import route
 from benchmarks.operands import Unsupported, check_dense
 from benchmarks.run import RESULTS, short_name, versions, write
@@ -428,33 +428,19 @@ def plot(source: Path, target: Path) -> int:
   result = json.loads(source.read_text())
   rows = [row for row in result["rows"] if _parts(row)]
   figure, axes = plt.subplots(
-    figsize=(9, 1.5 + 0.3 * len(rows)), layout="constrained"
+    figsize=(10, 2 + 0.3 * len(rows)), layout="constrained"
   )
-  labels = [f"{row['set']} {row['shape']} {row['impl']}" for row in rows]
-  left = [0.0] * len(rows)
-  for i, part in enumerate((*moe_stages.STAGES, *_KINDS)):
-    widths = [_parts(row).get(part, 0) / row["us"] for row in rows]
-    if any(widths):
-      axes.barh(labels, widths, left=left, color=f"C{i}", label=part)
-    left = [a + b for a, b in zip(left, widths, strict=True)]
-  for i, row in enumerate(rows):
-    axes.text(max(left[i], 1), i, f" {row['us']:.0f} us", va="center")
-  axes.axvline(1, color="black", linewidth=0.8)
-  axes.vlines(
-    [_gemms_us(row) / row["us"] for row in rows],
-    [i - 0.4 for i in range(len(rows))],
-    [i + 0.4 for i in range(len(rows))],
-    colors="black",
-    linestyles=":",
-    label="GEMMs alone (bound)",
+  stage_bars.draw(
+    axes,
+    rows,
+    (*moe_stages.STAGES, *_KINDS),
+    time_of=lambda row, part: _parts(row).get(part, 0),
+    bound_of=_gemms_us,
+    what="time of each stage alone, or of its kernels",
   )
-  axes.invert_yaxis()
-  axes.margins(x=0.15)
-  axes.set_xlabel(
-    "time of each stage alone, or of its kernels / time of the whole layer; "
-    f"{result['device']}, {result['date']}"
+  figure.suptitle(
+    f"{result['device']}, {result['date']}; bound: the GEMMs alone", fontsize=9
   )
-  axes.legend(fontsize=7)
   figure.savefig(target, dpi=110)
   print(target)
   return 0
