@@ -56,6 +56,8 @@ ROUTINGS = {
 MESHES = {"experts": (COUNT, 1), "experts and data": (COUNT // 2, 2)}
 
 
+# Compiled once for all tests: most of their time goes there.
+@functools.cache
 def run_on(shape, recipe, **options):
   """Returns fn(params, x): the result, (d(params), d(x)) on COUNT devices."""
   parallel = moe.ExpertParallel("expert", ("data",), **options)
@@ -71,6 +73,7 @@ def run_on(shape, recipe, **options):
   return with_gradients(layer)
 
 
+@functools.cache
 def run_on_one(recipe):
   return with_gradients(
     lambda params, x: moe.moe_layer(x, params, K, recipe=recipe)
