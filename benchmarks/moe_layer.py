@@ -6,7 +6,8 @@ of all weights). Tokens are normal random numbers, routed by a random router.
 "ours_unfused" writes token copies and activations before it quantises them; so
 does "ours" in a forward pass that a backward pass follows.
 "ours_quantized_weights" gets FP8 copies of the weights beside the floats, as
-for one of several microbatches.
+for one of several microbatches; "ours_bf16_wgrad" computes the gradient of the
+weights in bf16.
 """
 
 import functools
@@ -32,9 +33,12 @@ IMPLS = (
   "ours",
   "ours_unfused",
   "ours_quantized_weights",
+  "ours_bf16_wgrad",
   "ours_bf16",
   "lax_ragged_dot",
 )
+# Without a backward pass they are "ours", whose weights are quantised then.
+_ONLY_WITH_BACKWARD = "ours_quantized_weights", "ours_bf16_wgrad"
 _CHECKED_TOKENS = 16
 # Largest |row - row of the reference| / |row of the reference|. As in
 # tests/test_gpu.py, a product of two FP8 factors is off by at most 2^-3 of
@@ -44,6 +48,7 @@ _MAX_ROW_ERROR = {
   "ours": 2**-2,
   "ours_unfused": 2**-2,
   "ours_quantized_weights": 2**-2,
+  "ours_bf16_wgrad": 2**-2,
   "ours_bf16": 2**-6,
   "lax_ragged_dot": 2**-6,
 }
@@ -167,6 +172,7 @@ def _ours(problem: Problem, impl: str):
     "ours": {},
     "ours_unfused": dict(fuse=False),
     "ours_quantized_weights": {},
+    "ours_bf16_wgrad": dict(recipe=Recipe(wgrad="bf16")),
     "ours_bf16": dict(recipe=Recipe.bf16()),
   }[impl]
 
@@ -368,8 +374,8 @@ def _run(args) -> int:
   for problem in tqdm(problems, desc="moe_layer", disable=None):
     e, top_k, d, f = problem.sizes
     for impl in ("ours", *args.peers):
-      if impl == "ours_quantized_weights" and not problem.has_backward:
-        continue  # The weights of "ours" are quantised, too.
+      if impl in _ONLY_WITH_BACKWARD and not problem.has_backward:
+        continue
       row = {
         "set": problem.set,
         "shape": problem.shape,

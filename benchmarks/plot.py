@@ -8,6 +8,7 @@ from benchmarks.shapes import MEMORY_BOUND
 _ORDER = (
   "ours",
   "ours_quantized_weights",
+  "ours_bf16_wgrad",
   "ours_m_grouped",
   "deepgemm",
   "torch_scaled_grouped_mm",

@@ -1,7 +1,7 @@
 """The training step to time: a product of ragged_dot and both gradients.
 
 "ours_quantized_weights" gets its weights quantised beside the floats, as for
-one of several microbatches.
+one of several microbatches; "ours_bf16_wgrad" computes d(rhs) in bf16.
 """
 
 import functools
@@ -14,7 +14,14 @@ from benchmarks.operands import check_dense
 from benchmarks.shapes import Problem
 from jax_grouped_gemm import Recipe, quantize_weights, ragged_dot
 
-IMPLS = ("ours", "ours_quantized_weights", "ours_bf16", "lax_ragged_dot")
+IMPLS = (
+  "ours",
+  "ours_quantized_weights",
+  "ours_bf16_wgrad",
+  "ours_bf16",
+  "lax_ragged_dot",
+)
+_BF16_WGRAD = Recipe(wgrad="bf16")
 
 
 def _step(dot, lhs, rhs, dout, sizes):
@@ -60,8 +67,11 @@ class TrainStep:
 
   def max_row_error(self, out, impl):
     """Of the three results, compared with XLA's, quantised in the same way."""
-    is_fp8 = impl in ("ours", "ours_quantized_weights")
-    recipe = Recipe() if is_fp8 else Recipe.bf16()
+    recipe = {
+      "ours": Recipe(),
+      "ours_quantized_weights": Recipe(),
+      "ours_bf16_wgrad": _BF16_WGRAD,
+    }.get(impl, Recipe.bf16())
     worst, operands = jnp.float32(0), self.step_operands
     for i, result in enumerate(out):
       # One after the other: all at a time need more memory than some GPUs have.
@@ -78,6 +88,7 @@ class TrainStep:
         _with_quantized,
         (*self.step_operands, quantize_weights(self.step_operands[1])),
       ),
+      "ours_bf16_wgrad": lambda: (_ours(_BF16_WGRAD), self.step_operands),
       "ours_bf16": lambda: (_ours(Recipe.bf16()), self.step_operands),
       "lax_ragged_dot": self._lax_ragged_dot,
     }
