@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--commit", help="what runs, where git cannot tell")
   args = parser.parse_args(argv)
   if args.do == "plot":
-    draw = _PLOTS.get(json.loads(args.json.read_text())["benchmark"], plot)
+    benchmark = json.loads(args.json.read_text()).get("benchmark")
+    draw = _PLOTS.get(benchmark, plot)
     return draw(args.json, args.png or args.json.with_suffix(".png"))
   if args.do == "run" and args.benchmark in _LAYERS:
     return _LAYERS[args.benchmark](args, argv)
