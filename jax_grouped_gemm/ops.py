@@ -68,7 +68,7 @@ def m_grouped_gemm(
   lhs, rhs, group_sizes, group_offset, bias = vary_alike(
     lhs, rhs, group_sizes, group_offset, bias
   )
-  if m * n == 0 or (k == 0 and bias is None):
+  if m * n == 0:
     return manual_axes.zeros((m, n), out_dtype, lhs.values)
   if implementation == "xla" or k == 0:
     bounds = schedule.group_bounds(group_sizes, m, group_offset, g)

@@ -152,7 +152,7 @@ def _promotion_in_two_steps(refs: _Refs, config: Config):
 def _promotion_of_slices(refs: _Refs, config: Config):
   """Registers hold sums, products and the column scales of one slice."""
   shape = (WGMMA_M, _SLICE_N)
-  first, *others = range(0, config.tile_n, _SLICE_N)
+  first, *others = slices = range(0, config.tile_n, _SLICE_N)
 
   def load_scales(slot, ki, rows):
     del ki
@@ -165,17 +165,16 @@ def _promotion_of_slices(refs: _Refs, config: Config):
     rows = lax.broadcast_in_dim(rows, shape, (0,))
     return [
       acc
-      + products[:, j * _SLICE_N :][:, :_SLICE_N]
+      + products[:, c:][:, :_SLICE_N]
       * lax.broadcast_in_dim(cols_of_slice, shape, (1,))
       * rows
-      for j, (acc, cols_of_slice) in enumerate(zip(sums, cols, strict=True))
+      for c, acc, cols_of_slice in zip(slices, sums, cols, strict=True)
     ]
 
-  zeros = _pipeline.wgmma_zeros(shape)
   return dict(
     load_scales=load_scales,
     promote=promote,
-    init=lambda: [zeros, *(zeros for _ in others)],
+    init=lambda: [_pipeline.wgmma_zeros(shape) for _ in slices],
   )
 
 

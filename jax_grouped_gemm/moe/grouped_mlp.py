@@ -62,8 +62,8 @@ def grouped_mlp(
                     (which has gate and up in alternate columns)
 
   Float weights are multiplied, and differentiable, as ragged_dot does it.
-  ScaledArrays, for serving, have no gradient, nor have biases then, and the
-  layout of m_grouped_gemm: output features first.
+  ScaledArrays, for serving, have the layout of m_grouped_gemm, output features
+  first, and no gradient; nor has anything else then.
 
   Args:
     x: a row per token copy; with a permutation, a row per token.
