@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -74,7 +75,9 @@ class ExpertParallel:
       is dropped is counted and adds zero to its token's result.
     exchange: "ragged": jax.lax.ragged_all_to_all; "dense": jax.lax.all_to_all
       of buffers that hold the most that two devices can exchange. None:
-      "dense" on CPUs, whose XLA has no other, else "ragged".
+      "ragged" where XLA has it without being asked, that is on GPUs that belong
+      to one process; else "dense". Of several processes, an axis that is no
+      longer than the process has devices is taken to be its own.
     payload: how tokens travel to their experts. "fp8": quantised once, before
       they leave, as the experts' first product would quantise them: its result
       is the same bit for bit. The gradient of gate_up is made from what
@@ -205,7 +208,7 @@ class ExpertParallel:
       capacity = -(-self.capacity // self.chunks)
     return Call(
       self.axis_name,
-      self.exchange or _default_exchange(),
+      self.exchange or _default_exchange(num_devices),
       tokens=tokens,
       num_sent=tokens * min(top_k, num_devices),
       capacity=capacity,
@@ -276,9 +279,11 @@ def combine_devices(
   return combine(sums, once, sorted_tokens, dtype)
 
 
-def _default_exchange() -> str:
+def _default_exchange(num_devices: int) -> str:
   is_cpu = implementations.default_device().platform == "cpu"
-  return "dense" if is_cpu else "ragged"
+  # Between processes XLA would use NCCL for it, which it refuses (jax 0.11.2).
+  is_local = num_devices <= jax.local_device_count() or jax.process_count() == 1
+  return "ragged" if is_local and not is_cpu else "dense"
 
 
 def _check_positive(name: str, value, what: str = ""):

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import hopper
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from unquantized_paths import by_lax_ragged_dot
 
-from jax_grouped_gemm import Recipe, moe, quantize
+from jax_grouped_gemm import Recipe, implementation, moe, quantize
 from jax_grouped_gemm.manual_axes import zeros
 from jax_grouped_gemm.moe import exchange
 from jax_grouped_gemm.moe.permutation import dispatch_quantized
@@ -401,6 +402,27 @@ def test_ragged_exchange_is_the_dense_one(recipe, pieces, monkeypatch):
   assert ragged.dropped > 0
   jax.tree.map(close, ragged, dense)
   jax.tree.map(close, grads, dense_grads)
+
+
+@pytest.mark.parametrize(
+  ("platform", "processes", "local", "expected"),
+  [
+    ("cpu", 1, 4, "dense"),
+    ("gpu", 1, 4, "ragged"),
+    ("gpu", 2, 4, "ragged"),  # The axis is within a process.
+    ("gpu", 2, 2, "dense"),
+    ("gpu", 4, 1, "dense"),
+  ],
+)
+def test_exchange_that_xla_has(
+  platform, processes, local, expected, monkeypatch
+):
+  device = types.SimpleNamespace(platform=platform)
+  monkeypatch.setattr(implementation, "default_device", lambda: device)
+  monkeypatch.setattr(jax, "process_count", lambda: processes)
+  monkeypatch.setattr(jax, "local_device_count", lambda: local)
+  call = moe.ExpertParallel("expert").call(T, K, E // 4, num_devices=4)
+  assert call.exchange == expected
 
 
 @pytest.mark.slow
