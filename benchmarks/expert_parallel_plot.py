@@ -18,22 +18,28 @@ def plot(source: Path, target: Path) -> int:
   rows = [row for row in result["rows"] if "us" in row]
   most = max(row["devices"] for row in rows)
   staged = [r for r in rows if "stages" in r and r["devices"] == most]
-  figure, (scaling, bars) = plt.subplots(
-    2,
-    figsize=(10, 5 + 0.3 * len(staged)),
-    height_ratios=[4, 1 + 0.3 * len(staged)],
+  heights = [4, *([1 + 0.3 * len(staged)] if staged else [])]
+  figure, axes = plt.subplots(
+    len(heights),
+    figsize=(10, 0.5 + sum(heights)),
+    height_ratios=heights,
     layout="constrained",
+    squeeze=False,
   )
+  scaling, *bars = axes[:, 0]
   _draw_scaling(scaling, [row for row in rows if row["impl"] == "ours"])
-  stage_bars.draw(
-    bars,
-    staged,
-    STAGES,
-    time_of=lambda row, stage: row["stages"].get(stage, 0),
-    bound_of=lambda row: row.get("bound_us"),
-    what="time of each stage alone",
+  scaling.set_title(
+    f"{most} x {result['device']}, {result['date']}", fontsize=9
   )
-  bars.set_title(f"{most} x {result['device']}, {result['date']}", fontsize=9)
+  for axis in bars:
+    stage_bars.draw(
+      axis,
+      staged,
+      STAGES,
+      time_of=lambda row, stage: row["stages"].get(stage, 0),
+      bound_of=lambda row: row.get("bound_us"),
+      what="time of each stage alone",
+    )
   figure.savefig(target, dpi=110)
   print(target)
   return 0
@@ -45,19 +51,21 @@ def _draw_scaling(axes, rows):
     if "efficiency" in row:
       label = f"{row['set']} {row['shape'].rsplit(' ', 1)[0]}"
       lines.setdefault(label, []).append((row["devices"], row["efficiency"]))
-  for i, (label, points) in enumerate(lines.items()):
-    style = "--" if "zipf" in label else "-"
+  colors = {}  # One for both routings of a layer.
+  for label, points in lines.items():
+    layer = label.replace("zipf", "uniform")
+    color = colors.setdefault(layer, f"C{len(colors)}")
     axes.plot(
       *zip(*points, strict=True),
-      style,
+      "-" if label == layer else "--",
       marker="o",
-      color=f"C{i // 2}",
+      color=color,
       label=label,
     )
   counts = sorted({row["devices"] for row in rows})
   axes.set_xscale("log", base=2)
   axes.set_xticks(counts, counts)
-  axes.set_ylim(0, 1.1)
+  axes.set_ylim(bottom=0)
   axes.axhline(1, color="black", linewidth=0.8)
   axes.set_xlabel("devices, each with as many tokens")
   axes.set_ylabel("time on one device / time on all")

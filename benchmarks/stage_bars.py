@@ -27,7 +27,7 @@ def draw(axes, rows, parts, *, time_of, bound_of, what: str):
       axes.vlines(bound / row["us"], i - 0.4, i + 0.4, "black", ":")
   axes.axvline(1, color="black", linewidth=0.8)
   axes.invert_yaxis()
-  axes.margins(x=0.15)
+  axes.margins(x=0.2)
   axes.set_xlabel(f"{what} / time of the whole layer\ndotted: the bound")
   axes.figure.legend(
     *axes.get_legend_handles_labels(),
