@@ -124,6 +124,7 @@ def make_tiles(
 
 def _ceil_div(a: jax.Array, b: int) -> jax.Array:
   """ceil(a / b) for a >= 0, without the overflow of (a + b - 1)."""
+  b = jnp.asarray(b, a.dtype)  # Of a Python number, 64-bit mode makes int64.
   return lax.div(a, b) + (lax.rem(a, b) != 0).astype(a.dtype)
 
 

@@ -189,6 +189,43 @@ def test_jit(fn, args):
 
 
 @functions
+def test_64_bit_mode(fn, args):
+  """It changes nothing where operands are narrower."""
+  args = at(args, 0)
+  expected = fn(*args)
+  with jax.enable_x64(True):
+    got = fn(*args)
+  chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+  equal(got, expected)
+
+
+def test_64_bit_mode_of_layers():
+  weights = integers(K, G), integers(G, K, 2 * N), integers(G, N, K)
+  run = jax.value_and_grad(
+    lambda params, x: (lambda out: (out.out.sum(), out))(
+      moe_layer(x, MoeParams(*params), 2)
+    ),
+    has_aux=True,
+  )
+  expected = run(weights, integers(M, K))
+  with jax.enable_x64(True):
+    got = run(weights, integers(M, K))
+  chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+  equal(got, expected)
+
+
+def test_float64_is_not_rounded():
+  with jax.enable_x64(True):
+    lhs = integers(M, K).astype(jnp.float64) * (1 + 2.0**-40)
+    rhs = integers(G, K, N).astype(jnp.float64)
+    out = ragged_dot(lhs, rhs, SIZES[0], recipe=RECIPES["bf16"])
+  lhs, rhs = np.asarray(lhs), np.asarray(rhs)
+  expected = oracle.m_grouped(lhs, rhs.mT, oracle.group_rows(SIZES[0], M))
+  assert out.dtype == jnp.float64
+  np.testing.assert_array_equal(out, expected)
+
+
+@functions
 def test_vmap(fn, args):
   """Over any of the operands, the others being shared."""
   loop = functools.cache(lambda *index: fn(*map(at, args, index)))
@@ -469,10 +506,12 @@ def test_kernels_lower_for_cuda_without_a_gpu(transform, recipe):
   assert "mosaic_gpu_v2" in lowered.as_text()
 
 
+@pytest.mark.parametrize("bits", [32, 64])
 @recipes
-def test_gradients_compile_for_hopper(recipe):
+def test_gradients_compile_for_hopper(recipe, bits):
   args = operands_of_kernels(recipe, at(FUNCTIONS["ragged_dot"][1], 0))
-  compile_for_hopper(gradients(recipe, "mosaic_gpu"), *args)
+  with jax.enable_x64(bits == 64):
+    compile_for_hopper(gradients(recipe, "mosaic_gpu"), *args)
 
 
 @pytest.mark.parametrize("layers", ["ragged_dot", "moe_layer"])

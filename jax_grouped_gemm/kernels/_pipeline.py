@@ -216,7 +216,9 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     # Traced as if operands were the same on all devices of jax.shard_map:
     # warp_map refuses refs that say they are not (jax 0.11.2).
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-    out, *_ = jaxpr_as_fun(jax.make_jaxpr(run)(*shapes))(*operands)
+    with jax.enable_x64(False):  # Kernels count in Python's and 32-bit numbers.
+      kernel = jax.make_jaxpr(run)(*shapes)
+    out, *_ = jaxpr_as_fun(kernel)(*operands)
     return out
 
   return call

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -66,7 +67,12 @@ def launch(kernel, *, name: str, wgs: int, num_tiles: int, interpret, **types):
     interpret=plgpu.InterpretGPUParams() if interpret else None,
     **types,
   )
-  return lambda *operands: compute_once(run(*operands))
+
+  def call(*operands):
+    with jax.enable_x64(False):  # Kernels count in Python's and 32-bit numbers.
+      return compute_once(run(*operands))
+
+  return call
 
 
 def at_least(x, rows: int, cols: int):

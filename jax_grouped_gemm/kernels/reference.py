@@ -182,7 +182,8 @@ def m_grouped_matmul(
 
     product = lax.cond(group >= 0, multiply, zeros)
     # Rows past the tile's own are overwritten by the tiles that follow.
-    return lax.dynamic_update_slice(out, product, (row, 0)), None
+    start = row, jnp.zeros_like(row)
+    return lax.dynamic_update_slice(out, product, start), None
 
   out = manual_axes.zeros((m + tile_m, n), out_dtype, lhs)
   out, _ = lax.scan(compute_tile, out, (tiles.group, tiles.row))

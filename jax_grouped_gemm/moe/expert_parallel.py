@@ -190,12 +190,13 @@ class ExpertParallel:
         outs.append(combine_devices(back, sorted_tokens, x.dtype))
       back = send_back(call, sums, plan), journey.tokens
       sizes += journey.group_sizes
-      kept += jnp.sum(plan.kept[lax.axis_index(self.axis_name)])
+      of_this = plan.kept[lax.axis_index(self.axis_name)]
+      kept += jnp.sum(of_this, dtype=jnp.int32)
     outs.append(combine_devices(*back, x.dtype))
     return (
       jnp.concatenate(outs),
       lax.psum(sizes, self.token_axes),
-      lax.psum(jnp.sum(sizes) - kept, self.token_axes),
+      lax.psum(jnp.sum(sizes, dtype=jnp.int32) - kept, self.token_axes),
     )
 
   def call(
