@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from jax_grouped_gemm import fused_quantization
+from jax_grouped_gemm import implementation as implementations
 
 Activation = Literal["swiglu", "geglu", "swiglu_clamped"]
 
@@ -26,6 +27,7 @@ def activate(
     activation: as in grouped_mlp.
     implementation: of the gradient, as in ragged_dot. The result is XLA's.
   """
+  implementations.check(implementation)
   return _activate(activation, implementation, gate_up)
 
 

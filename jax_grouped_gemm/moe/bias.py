@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from jax_grouped_gemm import schedule
+from jax_grouped_gemm import checks, schedule
+from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.manual_axes import vary_alike
 
 
@@ -21,6 +22,13 @@ def add_bias(
   """
   if bias is None:
     return x
+  x = jnp.asarray(x)
+  if x.ndim != 2:
+    raise ValueError(f"x must be (m, n), got {x.shape}")
+  m, n = x.shape
+  g = jnp.size(group_sizes)
+  group_sizes, _ = check_group_sizes(group_sizes, m, g)
+  bias = checks.check_bias("bias", bias, (g, n))
   return _add_bias(*vary_alike(x, bias, group_sizes))
 
 

@@ -48,6 +48,8 @@ def read_safetensors(source: str | Path | bytes) -> dict[str, np.ndarray]:
     if not files:
       raise ValueError(f"no *.safetensors in {path}")
     return {k: v for file in files for k, v in read_safetensors(file).items()}
+  if not path.stat().st_size:  # Nothing to map.
+    return _parse(np.empty(0, np.uint8), path)
   return _parse(np.memmap(path, np.uint8, mode="r"), path)
 
 
@@ -59,10 +61,24 @@ def _parse(data: np.ndarray, name) -> dict[str, np.ndarray]:
       f"{name} is no safetensors file: {data.size} bytes, of which the header "
       f"takes {length}"
     )
-  header = json.loads(data[_LENGTH_BYTES:start].tobytes())
+  try:
+    header = json.loads(data[_LENGTH_BYTES:start].tobytes())
+  except ValueError as error:
+    raise ValueError(f"{name}: the header is no JSON: {error}") from error
+  if not isinstance(header, dict):
+    raise ValueError(
+      f"{name}: the header must be a JSON object, got {type(header)}"
+    )
   arrays = {}
   for key, entry in header.items():
-    if key == "__metadata__" or entry["dtype"] not in _DTYPES:
+    if key == "__metadata__":
+      continue
+    if not _is_entry(entry):
+      raise ValueError(
+        f"{name}: {key!r} must have a dtype, a shape and two data_offsets, got "
+        f"{entry!r}"
+      )
+    if entry["dtype"] not in _DTYPES:
       continue
     dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
     begin, end = (start + offset for offset in entry["data_offsets"])
@@ -73,6 +89,13 @@ def _parse(data: np.ndarray, name) -> dict[str, np.ndarray]:
       )
     arrays[key] = data[begin:end].view(dtype).reshape(shape)
   return arrays
+
+
+def _is_entry(entry) -> bool:
+  match entry:
+    case {"dtype": str(), "shape": [*shape], "data_offsets": [begin, end]}:
+      return all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+  return False
 
 
 def load_block_scaled(

@@ -23,8 +23,9 @@ class Routing(NamedTuple):
   Attributes:
     experts: (t, top_k), the chosen ones, best first.
     weights: (t, top_k), by which the experts' results are to be multiplied.
-    load_balancing_loss: 1 if all experts have the same share, at most e.
-    z_loss: mean of logsumexp(logits)^2 over the tokens.
+    load_balancing_loss: 1 if all experts have the same share, at most e; 0 of
+      no tokens.
+    z_loss: mean of logsumexp(logits)^2 over the tokens; 0 of none.
   """
 
   experts: Int32[Array, "t top_k"]
@@ -81,21 +82,20 @@ def route_top_k(
   _check(logits, top_k, score, expert_bias)
   _check_groups(logits.shape[1], top_k, num_expert_groups, top_expert_groups)
   logits = logits.astype(jnp.float32)
-  score_fn = jax.nn.softmax if score == "softmax" else jax.nn.sigmoid
-  scores = score_fn(logits)
+  scores, log_scores, probabilities = _scores(logits, score)
   choice = lax.stop_gradient(scores)
   if expert_bias is not None:
     choice = choice + lax.stop_gradient(expert_bias.astype(jnp.float32))
   if top_expert_groups < num_expert_groups:
     choice = _only_best_groups(choice, num_expert_groups, top_expert_groups)
   experts = _best(choice, top_k)
-  weights = _take(*vary_alike(scores, experts))
+  weights = _take(*vary_alike(log_scores if normalize else scores, experts))
   if normalize:
-    weights = weights / weights.sum(axis=-1, keepdims=True)
+    weights = jax.nn.softmax(weights)
   return Routing(
     experts,
     weights * scale,
-    _load_balancing_loss(scores, experts, axis_name),
+    _load_balancing_loss(probabilities, experts, axis_name),
     _mean(jax.nn.logsumexp(logits, axis=-1) ** 2, axis_name),
   )
 
@@ -112,10 +112,15 @@ def update_expert_bias(
   less attractive.
 
   Args:
-    expert_bias: of the step before, zeros at first.
+    expert_bias: of the step before, float32 zeros at first. TypeError if it is
+      narrower than that: rounding would swallow the rate, or double it.
     group_sizes: token copies that each expert got, on all devices.
     rate: DeepSeek-V3 has 1e-3.
   """
+  if expert_bias.dtype not in (jnp.float32, jnp.float64):
+    raise TypeError(
+      f"expert_bias must be float32 or float64, got {expert_bias.dtype}"
+    )
   sizes = group_sizes.astype(jnp.float32)
   step = rate * jnp.sign(sizes.mean() - sizes)
   return expert_bias + step.astype(expert_bias.dtype)
@@ -128,12 +133,25 @@ def count(experts: Int32[Array, "..."], num_experts: int) -> Int32[Array, "e"]:
   return jnp.sum(experts.reshape(-1) == ids[:, None], axis=1, dtype=jnp.int32)
 
 
+def _scores(logits, score: Score):
+  """Returns the scores, their logarithms, and them divided by their sum.
+
+  The quotient is taken of logarithms, as the scores may all be too small.
+  """
+  if score == "softmax":
+    scores = jax.nn.softmax(logits)
+    return scores, jax.nn.log_softmax(logits), scores
+  log_scores = jax.nn.log_sigmoid(logits)
+  return jax.nn.sigmoid(logits), log_scores, jax.nn.softmax(log_scores)
+
+
 def _best(x: Float32[Array, "... e"], k: int) -> Int32[Array, "... k"]:
-  """Returns the indices that lax.top_k does, with NaN as the largest number.
+  """Returns the indices that lax.top_k does, with any NaN the largest number.
 
   XLA on a GPU would sort all e numbers.
   """
   if k > _MAX_REDUCTIONS or x.size < _LEAST_REDUCED:
+    x = jnp.where(jnp.isnan(x), jnp.nan, x)  # Those with a sign sort below.
     return lax.top_k(x, k)[1].astype(jnp.int32)
   # In the order of the numbers, and with one below all of them.
   bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)  # -0.0 is 0.0.
@@ -160,17 +178,16 @@ def _only_best_groups(choice: Float32[Array, "t e"], groups: int, keep: int):
 
 
 def _mean(x, axis_name):
-  """Over the first axis and over the devices."""
-  mean = x.mean(axis=0)
+  """Over the first axis and over the devices; 0 of nothing."""
+  mean = x.sum(axis=0) / max(x.shape[0], 1)
   return lax.pmean(mean, axis_name) if axis_name else mean
 
 
-def _load_balancing_loss(scores, experts, axis_name):
-  e = scores.shape[1]
+def _load_balancing_loss(probabilities, experts, axis_name):
+  e = probabilities.shape[1]
   share = count(experts, e) / max(experts.size, 1)
   if axis_name:
     share = lax.pmean(share, axis_name)
-  probabilities = scores / scores.sum(axis=-1, keepdims=True)
   return e * jnp.sum(share * _mean(probabilities, axis_name))
 
 

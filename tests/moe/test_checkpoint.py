@@ -29,7 +29,11 @@ def safetensors(tensors, **changes):
   header |= changes
   header = json.dumps(header).encode()
   header += b" " * (-len(header) % 8)
-  return len(header).to_bytes(8, "little") + header + data
+  return with_header(header) + data
+
+
+def with_header(header):
+  return len(header).to_bytes(8, "little") + header
 
 
 def block_scaled(n, k):
@@ -124,6 +128,9 @@ def test_layer_serves_from_it():
   assert (error < 1e-5 * np.linalg.norm(expected, axis=1)).all()
 
 
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
 @pytest.mark.parametrize(
   "data, message",
   [
@@ -134,11 +141,31 @@ def test_layer_serves_from_it():
       safetensors({}, x={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}),
       r"'x' of shape \(2,\) and dtype float32",
     ),
+    (with_header(b"{]"), "the header is no JSON: .*property name"),
+    (with_header(b"{\xff"), "the header is no JSON: .*decode"),
+    (with_header(b"[]"), "the header must be a JSON object, got .*'list'"),
+    *(
+      (safetensors({}, x=entry), "'x' must have a dtype, a shape and two data_")
+      for entry in (
+        1,
+        {**ENTRY, "data_offsets": [-4, 0]},
+        {**ENTRY, "data_offsets": [4]},
+        {**ENTRY, "data_offsets": ["0", "4"]},
+        {**ENTRY, "shape": [1.0]},
+        {**ENTRY, "shape": 1},
+        {**ENTRY, "dtype": ["F32"]},
+        *({k: ENTRY[k] for k in ENTRY if k != missing} for missing in ENTRY),
+      )
+    ),
   ],
 )
-def test_damaged_files(data, message):
-  with pytest.raises(ValueError, match=message):
-    moe.read_safetensors(data)
+def test_damaged_files(data, message, tmp_path):
+  path = tmp_path / "model.safetensors"
+  path.write_bytes(data)
+  for source, name in ((data, "bytes"), (path, str(path))):
+    with pytest.raises(ValueError, match=message) as error:
+      moe.read_safetensors(source)
+    assert str(error.value).startswith(name)
 
 
 def test_unknown_dtypes_are_left_out():

@@ -78,6 +78,44 @@ def test_route(score, normalize, bias):
 
 
 @searches
+@pytest.mark.parametrize(
+  "score, logits, bias",
+  [
+    # The sum of the chosen scores is too small: its square, or itself.
+    ("sigmoid", [-60.0, -61, -60.5, -62], [0.0, 1, 2, 3]),
+    ("sigmoid", [-160.0, -161, -160.5, -162], [0.0, 1, 2, 3]),
+    ("softmax", [60.0, 40, 0, 1], [0.0, 0, 2, 3]),
+    ("softmax", [160.0, 0, 1, 2], [-5.0, 0, 1, 2]),
+  ],
+)
+def test_improbable_experts(score, logits, bias):
+  """As the quotient of the scores in float64, which has room for them."""
+  cotangents = np.array([[1.0, -3, 2, 5]]), 3.0
+
+  def ours(logits):
+    routing = moe.route_top_k(
+      logits, 2, score=score, expert_bias=jnp.array(bias)
+    )
+    weights = (
+      jnp.zeros((1, 4)).at[0, routing.experts[0]].set(routing.weights[0])
+    )
+    return weights, routing.load_balancing_loss
+
+  def expected(logits):
+    return (
+      moe_oracle.weights(logits, 2, score, bias=np.array(bias)),
+      moe_oracle.losses(logits, 2, score, np.array(bias))[0],
+    )
+
+  results, vjp = jax.vjp(ours, jnp.array([logits]))
+  gradients = vjp(jax.tree.map(jnp.float32, cotangents))
+  with jax.enable_x64(True):
+    oracles, oracle_vjp = jax.vjp(expected, jnp.array([logits]))
+    jax.tree.map(close, results, oracles)
+    close(*gradients, *oracle_vjp(jax.tree.map(jnp.float64, cotangents)))
+
+
+@searches
 def test_best_expert_first_and_first_of_equals():
   logits = jnp.array([[0.0, 3, 1, 3], [2, 2, 2, 2]])
   routing = moe.route_top_k(logits, 3)
@@ -150,6 +188,8 @@ def test_expert_bias_update_evens_out_the_load():
     bias = moe.update_expert_bias(bias, sizes(bias), rate=0.01)
   assert jnp.std(sizes(bias)) < jnp.std(before) / 3
   equal(moe.update_expert_bias(bias, jnp.full(E, 4)), bias)
+  with pytest.raises(TypeError, match="float32 or float64, got bfloat16"):
+    moe.update_expert_bias(bias.astype(jnp.bfloat16), sizes(bias))
 
 
 # ---------------------------------------------------------------- permutation
@@ -182,6 +222,15 @@ def test_dispatch_is_the_stable_sort_by_expert():
     equal(rows[r], x[t])
     assert permutation.order[r] == t * K + i
     assert permutation.inverse[t, i] == r
+
+
+@pytest.mark.parametrize("dtype, experts", [("uint8", 256), ("int8", 200)])
+def test_dispatch_of_narrow_integers(dtype, experts):
+  """Even if they cannot hold the number of experts."""
+  chosen = EXPERTS.at[0, 0].set(127)
+  wide = moe.sort_by_expert(chosen, experts)
+  jax.tree.map(equal, moe.sort_by_expert(chosen.astype(dtype), experts), wide)
+  assert wide.group_sizes.sum() == EXPERTS.size
 
 
 def test_dispatch_and_combine_are_differentiable():
@@ -251,9 +300,10 @@ def test_copies_of_nobody_come_last():
 
 
 @searches
-def test_nan_stays_with_its_token():
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_nan_stays_with_its_token(score):
   def run(logits, x):
-    routing = moe.route_top_k(logits, K)
+    routing = moe.route_top_k(logits, K, score=score)
     rows, permutation = moe.dispatch(x, routing.experts, E)
     return moe.combine(rows, routing.weights, permutation)
 
@@ -275,6 +325,8 @@ def test_few_tokens(t):
   rows, permutation = moe.dispatch(normal(T, D)[:t], routing.experts, E)
   assert moe.combine(rows, routing.weights, permutation).shape == (t, D)
   assert permutation.group_sizes.sum() == t * K
+  losses = jnp.array([routing.load_balancing_loss, routing.z_loss])
+  assert (losses > 0).all() if t else (losses == 0).all()
 
 
 # ---------------------------------------------------------------- errors
