@@ -159,7 +159,9 @@ class ExpertParallel:
         "as weights; got neither"
       )
     tokens = x.shape[0]
-    if self.chunks > max(tokens, 1):
+    if tokens == 0:
+      raise ValueError(f"each device needs tokens, got x of shape {x.shape}")
+    if self.chunks > tokens:
       raise ValueError(
         f"chunks must be at most the {tokens} tokens of a device, got "
         f"{self.chunks}"

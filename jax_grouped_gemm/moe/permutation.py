@@ -20,6 +20,7 @@ from jax_grouped_gemm.kernels import copy_rows
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe.routing import count
 from jax_grouped_gemm.scaled_array import ScaledArray
+from jax_grouped_gemm.schedule import as_int32
 
 
 class Permutation(NamedTuple):
@@ -90,8 +91,9 @@ def sort_by_expert(
     raise ValueError(f"experts must be (tokens, top_k), got {experts.shape}")
   if not jnp.issubdtype(experts.dtype, jnp.integer):
     raise TypeError(f"experts must be integers, got {experts.dtype}")
+  experts = as_int32(experts)  # Before num_experts becomes of its dtype.
   inside = (experts >= 0) & (experts < num_experts)
-  keys = jnp.where(inside, experts, num_experts).astype(jnp.int32)
+  keys = jnp.where(inside, experts, num_experts)
   copies = lax.iota(jnp.int32, keys.size)
   (copies,) = vary_alike(copies, keys)[:1]
   # XLA sorts on GPUs in a pass for each byte of the keys.
@@ -152,12 +154,17 @@ def _copy_rows(
   implementation = implementations.choose(implementation, None)
   if implementation == "xla":
     return x[order // inverse.shape[1]]
-  interpret = implementation == "interpret"
-  x, inverse = vary_alike(x, inverse)
+  return _copy_rows_by_kernel(
+    *vary_alike(x, inverse), len(order), implementation == "interpret"
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _copy_rows_by_kernel(x, inverse, m: int, interpret: bool):
   out = copy_rows.copy_rows(
     x if interpret else implementations.cuda_only(x),
     inverse,
-    len(order),
+    m,
     interpret=interpret,
   )
   return vary_alike(out, x)[0]

@@ -11,9 +11,6 @@ from jax_grouped_gemm.config import ROW_ALIGN
 from jax_grouped_gemm.manual_axes import zeros
 from jax_grouped_gemm.moe.permutation import Permutation
 
-# A share of the capacity, rounded in float32, must not exceed it.
-_ROUNDING_MARGIN = 1 - 2.0**-20
-
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -149,13 +146,18 @@ def arrived(call: Call, plan: Plan) -> Bool[Array, "n*t"]:
 
 
 def _fit(sizes: Int32[Array, "r n"], capacity: int) -> Int32[Array, "r n"]:
-  """Cuts the sizes of each row so that they add up to at most the capacity.
+  """Cuts the sizes of each row so that they do not exceed the capacity.
 
-  In proportion: all up to any of them keep that share of their sum, rounded.
+  In proportion: all up to any of them keep that share of their sum, rounded,
+  all of them the capacity.
   """
   ends = jnp.cumsum(sizes, axis=1)
   total = ends[:, -1:]
-  share = capacity * _ROUNDING_MARGIN / jnp.maximum(total, 1)
+  share = capacity / jnp.maximum(total, 1)
+  # Rounded in float32, a share of the capacity may exceed it.
   kept_ends = jnp.floor(ends * share).astype(jnp.int32)
+  kept_ends = jnp.where(
+    ends == total, capacity, jnp.minimum(kept_ends, capacity)
+  )
   kept = jnp.diff(kept_ends, axis=1, prepend=0)
   return jnp.where(total > capacity, jnp.minimum(kept, sizes), sizes)

@@ -98,6 +98,21 @@ def test_vmap(interpreter):
   np.testing.assert_array_equal(out, copy("xla"))
 
 
+def test_eager_calls_are_traced_once(interpreter, monkeypatch):
+  traced, kernel = [], copy_rows.copy_rows
+
+  def traced_kernel(*args, **options):
+    traced.append(args)
+    return kernel(*args, **options)
+
+  monkeypatch.setattr(copy_rows, "copy_rows", traced_kernel)
+  permutation = moe.sort_by_expert(RNG.integers(0, 7, (13, 3)), 6)
+  for _ in range(2):
+    with interpreter():
+      Dispatched().apply(jnp.ones((13, 128)), permutation, "interpret")
+  assert len(traced) == 1
+
+
 def test_nothing():
   permutation = moe.sort_by_expert(jnp.zeros((0, 2), jnp.int32), 6)
   out = Dispatched().apply(jnp.zeros((0, 32)), permutation, "interpret")
