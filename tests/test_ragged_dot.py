@@ -375,6 +375,23 @@ def test_unquantized_by_lax(offset):
     )
 
 
+@pytest.mark.parametrize("by_lax", [False, True])
+@pytest.mark.parametrize("dtypes", ["fbb", "bfb", "fff", "ffb"])
+def test_gradients_are_as_wide_as_their_operands(dtypes, by_lax):
+  """The gradients of float32 are not rounded on their way."""
+  wide = {"f": jnp.float32, "b": jnp.bfloat16}
+  dtypes = [wide[name] for name in dtypes]
+  lhs, rhs, dout = operands(64, 32, 48, 3, dtypes)
+  _, *gradients = run(
+    BF16, lhs, rhs, dout, jnp.array([30, 0, 34]), by_lax=by_lax
+  )
+  for gradient, operand in zip(gradients, (lhs, rhs), strict=True):
+    assert gradient.dtype == operand.dtype
+    rounded = gradient.astype(jnp.bfloat16).astype(jnp.float32)
+    is_rounded = bool((rounded == gradient.astype(jnp.float32)).all())
+    assert is_rounded == (operand.dtype == jnp.bfloat16)
+
+
 # ---------------------------------------------------------------- NaN
 
 

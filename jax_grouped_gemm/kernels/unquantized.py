@@ -1,7 +1,7 @@
 """Grouped matrix multiplication without quantisation, and its two gradients.
 
-The kernels for 16-bit operands where they are asked for; else
-jax.lax.ragged_dot on GPUs and the scans of reference.py on CPUs, where
+The kernels for 16-bit operands on Hopper GPUs, and where they are asked for;
+else jax.lax.ragged_dot on GPUs and the scans of reference.py on CPUs, where
 jax.lax.ragged_dot is a dense product and costs g times the arithmetic.
 """
 
@@ -23,11 +23,22 @@ from jax_grouped_gemm.kernels import (
   reference,
   tuning,
 )
-from jax_grouped_gemm.manual_axes import vary_alike, zeros
+from jax_grouped_gemm.manual_axes import vary_alike
 
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 _KERNEL_OUT_DTYPES = (*_KERNEL_DTYPES, jnp.float32)
 _COL_ALIGN = 64  # 16-bit elements of a row of a swizzled SMEM tile.
+
+
+def _dimensions(lhs_axis: int, rhs_axis: int, rhs_groups: tuple[int, ...]):
+  """Those of jax.lax.ragged_dot_general, whose rows of lhs are in groups."""
+  contracted = (lhs_axis,), (rhs_axis,)
+  return lax.RaggedDotDimensionNumbers((contracted, ((), ())), (0,), rhs_groups)
+
+
+_PRODUCT = _dimensions(1, 1, (0,))  # (m, k) x (g, k, n)
+_LHS_GRADIENT = _dimensions(1, 2, (0,))  # (m, n) x (g, k, n)
+_RHS_GRADIENT = _dimensions(0, 0, ())  # (m, k) x (m, n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +83,8 @@ class Unquantized:
         precision=self.precision,
       )
 
-    def dot(lhs, rhs, sizes):
-      return self._ragged_dot(lhs, rhs, sizes, dtype)
-
     lhs = self._gather_rows(lhs, starts, ends)
-    out = _vmappable(dot)(lhs, rhs, ends - starts)
+    out = self._ragged_dot(_PRODUCT, lhs, rhs, ends - starts, dtype)
     return self._scatter_rows(out, starts, ends)
 
   def lhs_gradient(
@@ -104,15 +112,8 @@ class Unquantized:
         precision=self.precision,
       )
 
-    def gradient(dout, rhs, sizes):
-      # Of an lhs that is the same on all devices, the transpose would be the
-      # sum over the devices.
-      lhs = zeros((dout.shape[0], rhs.shape[1]), dtype, dout)
-      dot = lambda lhs: self._ragged_dot(lhs, rhs, sizes, dout.dtype)
-      return jax.linear_transpose(dot, lhs)(dout)[0]
-
     dout = self._gather_rows(dout, starts, ends)
-    out = _vmappable(gradient)(dout, rhs, ends - starts)
+    out = self._ragged_dot(_LHS_GRADIENT, dout, rhs, ends - starts, dtype)
     return self._scatter_rows(out, starts, ends)
 
   def rhs_gradient(
@@ -132,15 +133,9 @@ class Unquantized:
         lhs, dout, starts, ends, precision=self.precision
       ).astype(dtype)
 
-    def gradient(lhs, dout, sizes):
-      shape = (*sizes.shape, lhs.shape[1], dout.shape[1])
-      dot = lambda rhs: self._ragged_dot(lhs, rhs, sizes, dout.dtype)
-      rhs = zeros(shape, dtype, dout)
-      return jax.linear_transpose(dot, rhs)(dout)[0]
-
     lhs = self._gather_rows(lhs, starts, ends)
     dout = self._gather_rows(dout, starts, ends)
-    return _vmappable(gradient)(lhs, dout, ends - starts)
+    return self._ragged_dot(_RHS_GRADIENT, lhs, dout, ends - starts, dtype)
 
   def _choose(self, x, y) -> str:
     """Returns the implementation of a product of x and y."""
@@ -154,10 +149,14 @@ class Unquantized:
       )
     return implementations.choose(self.implementation, unsupported)
 
-  def _ragged_dot(self, lhs, rhs, sizes, dtype):
-    return lax.ragged_dot(
-      lhs, rhs, sizes, self.precision, preferred_element_type=dtype
+  def _ragged_dot(self, dimensions, lhs, rhs, sizes, dtype):
+    dot = functools.partial(
+      lax.ragged_dot_general,
+      ragged_dot_dimension_numbers=dimensions,
+      precision=self.precision,
+      preferred_element_type=dtype,
     )
+    return _vmappable(dot)(lhs, rhs, sizes)
 
   def _gather_rows(self, x, starts, ends):
     """Moves the groups' rows to the front; the others, set to zero, follow."""

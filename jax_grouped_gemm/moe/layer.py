@@ -81,8 +81,10 @@ def moe_layer(
   """out[t] = sum over t's top_k experts e of weight[t, e] * mlp[e](x[t]).
 
   x (..., d) -> out (..., d), of x's dtype. The logits are x @ router +
-  router_bias, in float32; see route_top_k for experts and weights, grouped_mlp
-  for the experts, combine for the sum.
+  router_bias, summed in float32; as in jax.numpy.dot, GPUs multiply what is
+  wider than bfloat16 as TF32, unless jax.default_matmul_precision("highest")
+  has it otherwise. See route_top_k for experts and weights, grouped_mlp for the
+  experts, combine for the sum.
 
   Args:
     x: tokens, of any leading axes.
