@@ -110,7 +110,7 @@ def _check(sizes: Int[Array, "... g"], m: int, masked: bool):
   )
   if masked:
     checkify.check(
-      jnp.all(sizes <= m),
+      jnp.all(schedule.as_int32(sizes) <= m),  # m may not be of their dtype.
       f"group_sizes must be at most max_m = {m}, got {{sizes}}",
       sizes=sizes,
     )

@@ -18,7 +18,10 @@ from jax_grouped_gemm.kernels import quantize as quantize_kernel
 from jax_grouped_gemm.kernels import quantize_weights as weights_kernel
 from jax_grouped_gemm.kernels import reference
 from jax_grouped_gemm.manual_axes import vary_alike
-from jax_grouped_gemm.quantized_weights import QuantizedWeights
+from jax_grouped_gemm.quantized_weights import (
+  QuantizedWeights,
+  name_quantized_weights,
+)
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 _WEIGHTS_DTYPE = jnp.float8_e4m3fn
@@ -160,12 +163,14 @@ def quantize_weights(
       power_of_two_scales=power_of_two_scales,
       implementation="xla",
     )
-    return QuantizedWeights(dgrad.mT, dgrad)
-  return _quantize_weights(
-    w,
-    power_of_two_scales=power_of_two_scales,
-    interpret=implementation == "interpret",
-  )
+    weights = QuantizedWeights(dgrad.mT, dgrad)
+  else:
+    weights = _quantize_weights(
+      w,
+      power_of_two_scales=power_of_two_scales,
+      interpret=implementation == "interpret",
+    )
+  return name_quantized_weights(weights)
 
 
 @functools.partial(

@@ -17,7 +17,6 @@ from jax_grouped_gemm.ops import k_grouped_gemm, m_grouped_gemm
 from jax_grouped_gemm.quantized_weights import (
   QuantizedWeights,
   check_quantized_weights,
-  name_quantized_weights,
 )
 from jax_grouped_gemm.ragged_dot_call import Call
 from jax_grouped_gemm.recipe import Recipe, check_recipe
@@ -64,9 +63,9 @@ def ragged_dot(
       Its power_of_two_scales is not compared with the recipe's.
     implementation: as in m_grouped_gemm. Operands that the quantisation kernels
       do not support are quantised by XLA. Of the products that are not
-      quantised, None means jax.lax.ragged_dot or, on a CPU, "xla"; the kernels
-      multiply two bfloat16 or two float16 operands, of which the gradient of
-      the result is one in the backward pass.
+      quantised, the kernels multiply two bfloat16 or two float16 operands, of
+      which the gradient of the result is one in the backward pass; others are
+      left to jax.lax.ragged_dot, or on a CPU to what costs less there.
   """
   lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
   check_recipe(recipe)
@@ -145,7 +144,7 @@ def _ragged_dot(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
 def _ragged_dot_fwd(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
   (rows, weights), recipe, dgrad_rhs = quantized, call.recipe, rhs
   if weights is None and recipe.quantizes_weights:
-    weights = name_quantized_weights(call.quantize_weights(rhs))
+    weights = call.quantize_weights(rhs)
   if recipe.dgrad == "fp8":
     dgrad_rhs = weights.dgrad
   wgrad_lhs = lhs

@@ -20,6 +20,7 @@ from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 from unquantized_paths import by_lax_ragged_dot
 
+import jax_grouped_gemm
 from jax_grouped_gemm import (
   Recipe,
   k_grouped_gemm,
@@ -273,6 +274,26 @@ def test_checkpoint(recipe):
   grad = jax.grad(loss, (1, 2))
   rematerialized = jax.jit(grad, static_argnums=0)(jax.checkpoint, lhs, rhs)
   equal(rematerialized, grad(lambda fn: fn, lhs, rhs))
+
+
+def test_checkpoint_of_quantised_weights():
+  """Policies that keep the copies do not round them."""
+  lhs, rhs = (
+    jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype)
+    for x in (integers(M, K), integers(G, K, N))
+  )
+
+  def dot(lhs, rhs):
+    copies = jax_grouped_gemm.quantize_weights(jax.lax.stop_gradient(rhs))
+    return ragged_dot(lhs, rhs, SIZES[0], quantized_rhs=copies)
+
+  gradient = lambda dot: jax.vjp(dot, lhs, rhs)[1](integers(M, N))
+  expected = gradient(dot)
+  for policy in (
+    jax.checkpoint_policies.everything_saveable,
+    jax.checkpoint_policies.nothing_saveable,
+  ):
+    equal(gradient(jax.checkpoint(dot, policy=policy)), expected)
 
 
 @recipes
@@ -616,3 +637,10 @@ def test_checkify_reports_bad_masked_sizes(transform):
   assert message([0, M, M, M]) is None
   assert "must not be negative, got" in message([3, -1, 2, 0])
   assert f"at most max_m = {M}, got" in message([0, M + 1, 0, 1])
+
+
+def test_checkify_of_narrow_sizes():
+  """Which cannot hold the rows that there are."""
+  fn = lambda s: masked(integers(1, 256, K), integers(1, N, K), s)
+  error, _ = checkify.checkify(fn)(jnp.array([100], jnp.int8))
+  assert error.get() is None

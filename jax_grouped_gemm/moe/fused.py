@@ -32,10 +32,7 @@ from jax_grouped_gemm.quantization import (
   quantize_weights,
   where_supported,
 )
-from jax_grouped_gemm.quantized_weights import (
-  QuantizedWeights,
-  name_quantized_weights,
-)
+from jax_grouped_gemm.quantized_weights import QuantizedWeights
 from jax_grouped_gemm.ragged_dot import ragged_dot
 from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
@@ -88,14 +85,12 @@ class Product:
     if not fuse:
       return self.unfused(x, rhs, bias, group_sizes, index, quantized)
     if quantized is None:
-      quantized = name_quantized_weights(
-        quantize_weights(
-          lax.stop_gradient(rhs),
-          power_of_two_scales=self.recipe.power_of_two_scales,
-          implementation=where_supported(
-            self.implementation, checks.unsupported_by_quantize_weights(rhs)
-          ),
-        )
+      quantized = quantize_weights(
+        lax.stop_gradient(rhs),
+        power_of_two_scales=self.recipe.power_of_two_scales,
+        implementation=where_supported(
+          self.implementation, checks.unsupported_by_quantize_weights(rhs)
+        ),
       )
     dot = _fused_dot if self.fuse_always and is_made else _fused_forward
     return dot(call, x, index, rhs, quantized, bias, group_sizes)
@@ -131,8 +126,8 @@ def choose_fusion(
   implementation: str | None,
 ) -> bool:
   """Returns whether to fuse; NotImplementedError if it must be and cannot."""
-  if fuse not in (None, True, False):
-    raise ValueError(f"fuse must be None, True or False, got {fuse!r}")
+  if fuse is not None and not isinstance(fuse, bool):
+    raise TypeError(f"fuse must be None, True or False, got {fuse!r}")
   implementations.check(implementation)
   check_recipe(recipe)
   if fuse is False:

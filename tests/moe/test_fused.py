@@ -465,7 +465,7 @@ def test_none_fuses_where_the_kernels_compute():
 @pytest.mark.parametrize(
   "kwargs, error, message",
   [
-    (dict(fuse=1.5), ValueError, "fuse must be .* got 1.5"),
+    (dict(fuse=0), TypeError, "fuse must be .* got 0"),
     (
       dict(implementation=None),
       NotImplementedError,
