@@ -18,7 +18,7 @@ from jax_grouped_gemm.quantized_weights import (
   QuantizedWeights,
   check_quantized_weights,
 )
-from jax_grouped_gemm.ragged_dot_call import Call
+from jax_grouped_gemm.ragged_dot_call import Call, differentiable_once
 from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
 
@@ -42,9 +42,10 @@ def ragged_dot(
   """out[r] = lhs[r] @ rhs[group of r], lhs (m, k), rhs (g, k, n) -> (m, n).
 
   jax.lax.ragged_dot, quantised as `recipe` says, with reverse-mode gradients in
-  which quantisation has derivative 1. The rows of a group follow those of the
-  group before it. Rows at or past the sum of the sizes are zero, as are rows of
-  groups that rhs does not hold; what lhs has there changes nothing.
+  which quantisation has derivative 1, of first order. The rows of a group
+  follow those of the group before it. Rows at or past the sum of the sizes are
+  zero, as are rows of groups that rhs does not hold; what lhs has there changes
+  nothing.
 
   Args:
     lhs: float32, bfloat16, float16 or float64.
@@ -142,7 +143,10 @@ def _ragged_dot(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
 
 
 def _ragged_dot_fwd(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
-  (rows, weights), recipe, dgrad_rhs = quantized, call.recipe, rhs
+  (rows, weights), recipe = quantized, call.recipe
+  if recipe.quantizes:
+    lhs, rhs = differentiable_once((lhs, rhs))
+  dgrad_rhs = rhs
   if weights is None and recipe.quantizes_weights:
     weights = call.quantize_weights(rhs)
   if recipe.dgrad == "fp8":
@@ -162,6 +166,8 @@ def _ragged_dot_fwd(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
 def _ragged_dot_bwd(call: Call, residuals, dout):
   rhs, lhs, group_sizes, group_offset = residuals
   recipe = call.recipe
+  if recipe.quantizes:
+    dout = differentiable_once(dout)
   groups = rhs.shape[0]
   bounds = schedule.group_bounds(
     group_sizes, dout.shape[0], group_offset, groups

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -81,3 +82,20 @@ class Call:
     if checks.unsupported_by_quantize_tokens(x) is not None:
       return self.quantize_rows(x, dtype), self.quantize_tokens(*args)
     return self.quantize_tokens(*args, quantize=quantize_rows_and_tokens)
+
+
+@jax.custom_jvp
+def differentiable_once(x):
+  """Returns x; NotImplementedError where a gradient is differentiated.
+
+  What a gradient rule quantises has a derivative, but not a meaningful one.
+  """
+  return x
+
+
+@differentiable_once.defjvp
+def _refuse_tangents(primals, tangents):
+  raise NotImplementedError(
+    "with FP8 products there are first-order gradients only; Recipe.bf16() has "
+    "higher ones"
+  )

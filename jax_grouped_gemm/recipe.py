@@ -45,6 +45,11 @@ class Recipe:
       )
 
   @property
+  def quantizes(self) -> bool:
+    """Whether a product is quantised."""
+    return "fp8" in (self.forward, self.dgrad, self.wgrad)
+
+  @property
   def quantizes_weights(self) -> bool:
     """Whether a product of the weights is quantised."""
     return "fp8" in (self.forward, self.dgrad)

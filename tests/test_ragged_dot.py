@@ -5,6 +5,7 @@ are float64, and bounds are what rounding float32 sums may cost (oracle.check).
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -390,6 +391,41 @@ def test_gradients_are_as_wide_as_their_operands(dtypes, by_lax):
     rounded = gradient.astype(jnp.bfloat16).astype(jnp.float32)
     is_rounded = bool((rounded == gradient.astype(jnp.float32)).all())
     assert is_rounded == (operand.dtype == jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+  "recipe",
+  [
+    BF16,
+    *(
+      dataclasses.replace(BF16, **{product: "fp8"})
+      for product in ("forward", "dgrad", "wgrad")
+    ),
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize("argument", [0, 1])
+def test_second_order_gradients(recipe, argument):
+  """Right, or refused."""
+  lhs, rhs, _ = operands(11, 32, 48, 3)
+  sizes = jnp.array([3, 0, 8])
+
+  def second(dot):
+    loss = lambda *args: jnp.sum(dot(*args) ** 3)
+    first = jax.grad(loss, argument)
+    return jax.grad(lambda *args: jnp.sum(first(*args) ** 2), argument)
+
+  def dense(lhs, rhs):
+    return jnp.einsum("mk,mkn->mn", lhs, rhs[jnp.repeat(jnp.arange(3), sizes)])
+
+  run = second(functools.partial(ragged_dot, group_sizes=sizes, recipe=recipe))
+  if recipe.quantizes:
+    with pytest.raises(NotImplementedError, match="first-order gradients only"):
+      run(lhs, rhs)
+  else:
+    expected = second(dense)(lhs, rhs)
+    scale = jnp.max(jnp.abs(expected))
+    np.testing.assert_allclose(run(lhs, rhs), expected, atol=1e-5 * scale)
 
 
 # ---------------------------------------------------------------- NaN
