@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jax_grouped_gemm import implementation as implementations
@@ -177,11 +178,11 @@ def check_expected_m(expected_m: int | None, max_m: int) -> int:
   """Returns how many rows of a group to expect, from 1 to max_m."""
   if expected_m is None:
     expected_m = max_m
-  if not isinstance(expected_m, int):
+  if not isinstance(expected_m, (int, np.integer)):
     raise TypeError(f"expected_m must be an int or None, got {expected_m!r}")
   if expected_m < 0:
     raise ValueError(f"expected_m must not be negative, got {expected_m}")
-  return max(1, min(expected_m, max_m))
+  return max(1, min(int(expected_m), max_m))
 
 
 def check_m_grouped_config(config, out_dtype, k: int):

@@ -42,6 +42,11 @@ class ScaledArray:
   def __setattr__(self, name, value):
     raise AttributeError(f"ScaledArray is immutable, cannot set {name!r}")
 
+  def __reduce__(self):
+    """For copy and pickle, which would set the fields."""
+    fields = self.values, self.scales, self._block_shape, self._padding
+    return ScaledArray, fields
+
   def __repr__(self) -> str:
     return (
       f"ScaledArray(values={self.values}, scales={self.scales}, "

@@ -112,7 +112,7 @@ def _along_tokens(
     group_sizes, x.shape[0], group_offset, num_groups
   )
   static = dict(dtype=dtype, power_of_two_scales=power_of_two_scales)
-  if implementation == "xla" or x.size == 0 or num_groups == 0:
+  if implementation == "xla" or x.size == 0:
     tokens = reference.quantize_for_k_grouped(x, *bounds, **static)
     results = (pad_storage(tokens),)
     if rows:

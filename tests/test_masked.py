@@ -219,7 +219,11 @@ def test_decode_loop():
     i, x, sizes = state
     traces.append(i)
     out = m_grouped_gemm_masked(
-      quantize(x, (1, 1, 128)), rhs, sizes, expected_m=4, zero_padding=True
+      quantize(x, (1, 1, 128)),
+      rhs,
+      sizes,
+      expected_m=np.int64(4),
+      zero_padding=True,
     )
     return i + 1, jnp.tanh(out), (sizes * 3 + i) % (max_m + 1)
 

@@ -1,5 +1,8 @@
 """ScaledArray: what it says of itself, and that transformations keep it."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +29,13 @@ def test_attributes():
   assert x.dtype == jnp.float8_e4m3fn
   assert x.block_shape == (1, 128, 128)
   assert x.scales.shape == (3, 2, 3)
+
+
+@pytest.mark.parametrize(
+  "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies(copied):
+  assert_same(copied(make()), make())
 
 
 def test_dequantize_is_values_times_scales():

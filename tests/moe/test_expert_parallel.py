@@ -389,7 +389,7 @@ def poisoned(shape, like):
 @pytest.mark.parametrize("recipe", [Recipe(), BF16], ids=["fp8", "bf16"])
 def test_ragged_exchange_is_the_dense_one(recipe, pieces, monkeypatch):
   monkeypatch.setattr(exchange, "_SLICE_ROWS", T // 8 // pieces)
-  options = dict(recipe=recipe, capacity=20)  # Not all is sent.
+  options = dict(recipe=recipe, capacity=np.int64(20))  # Not all is sent.
   dense_grads, dense = value_and_gradients(sharded((4, 2), **options))(
     PARAMS, X
   )
