@@ -156,21 +156,25 @@ def quantize_weights(
     implementation, checks.unsupported_by_quantize_weights(w)
   )
   if implementation == "xla" or w.size == 0:
-    dgrad = quantize(
-      w,
-      (1, SCALE_BLOCK, SCALE_BLOCK),
-      dtype=_WEIGHTS_DTYPE,
-      power_of_two_scales=power_of_two_scales,
-      implementation="xla",
-    )
-    weights = QuantizedWeights(dgrad.mT, dgrad)
-  else:
-    weights = _quantize_weights(
-      w,
-      power_of_two_scales=power_of_two_scales,
-      interpret=implementation == "interpret",
-    )
-  return name_quantized_weights(weights)
+    return _quantize_weights_by_xla(w, power_of_two_scales=power_of_two_scales)
+  return _quantize_weights(
+    w,
+    power_of_two_scales=power_of_two_scales,
+    interpret=implementation == "interpret",
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("power_of_two_scales",))
+def _quantize_weights_by_xla(w, *, power_of_two_scales: bool):
+  """quantize_weights, by quantize."""
+  dgrad = quantize(
+    w,
+    (1, SCALE_BLOCK, SCALE_BLOCK),
+    dtype=_WEIGHTS_DTYPE,
+    power_of_two_scales=power_of_two_scales,
+    implementation="xla",
+  )
+  return name_quantized_weights(QuantizedWeights(dgrad.mT, dgrad))
 
 
 @functools.partial(
@@ -191,7 +195,7 @@ def _quantize_weights(w, *, interpret: bool, **static) -> QuantizedWeights:
   forward = ScaledArray(
     transposed, scales.mT, dgrad.block_shape, dgrad.mT.padding
   )
-  return QuantizedWeights(forward, dgrad)
+  return name_quantized_weights(QuantizedWeights(forward, dgrad))
 
 
 def pad_storage(x: ScaledArray) -> ScaledArray:
