@@ -156,25 +156,23 @@ def quantize_weights(
     implementation, checks.unsupported_by_quantize_weights(w)
   )
   if implementation == "xla" or w.size == 0:
-    return _quantize_weights_by_xla(w, power_of_two_scales=power_of_two_scales)
-  return _quantize_weights(
-    w,
-    power_of_two_scales=power_of_two_scales,
-    interpret=implementation == "interpret",
-  )
-
-
-@functools.partial(jax.jit, static_argnames=("power_of_two_scales",))
-def _quantize_weights_by_xla(w, *, power_of_two_scales: bool):
-  """quantize_weights, by quantize."""
-  dgrad = quantize(
-    w,
-    (1, SCALE_BLOCK, SCALE_BLOCK),
-    dtype=_WEIGHTS_DTYPE,
-    power_of_two_scales=power_of_two_scales,
-    implementation="xla",
-  )
-  return name_quantized_weights(QuantizedWeights(dgrad.mT, dgrad))
+    dgrad = quantize(
+      w,
+      (1, SCALE_BLOCK, SCALE_BLOCK),
+      dtype=_WEIGHTS_DTYPE,
+      power_of_two_scales=power_of_two_scales,
+      implementation="xla",
+    )
+    weights = QuantizedWeights(dgrad.mT, dgrad)
+  else:
+    weights = _quantize_weights(
+      w,
+      power_of_two_scales=power_of_two_scales,
+      interpret=implementation == "interpret",
+    )
+  # Only in a trace does jax.checkpoint see a name, and does it cost nothing.
+  is_traced = isinstance(w, jax.core.Tracer)
+  return name_quantized_weights(weights) if is_traced else weights
 
 
 @functools.partial(
@@ -195,7 +193,7 @@ def _quantize_weights(w, *, interpret: bool, **static) -> QuantizedWeights:
   forward = ScaledArray(
     transposed, scales.mT, dgrad.block_shape, dgrad.mT.padding
   )
-  return name_quantized_weights(QuantizedWeights(forward, dgrad))
+  return QuantizedWeights(forward, dgrad)
 
 
 def pad_storage(x: ScaledArray) -> ScaledArray:

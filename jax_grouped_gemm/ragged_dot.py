@@ -145,7 +145,7 @@ def _ragged_dot(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
 def _ragged_dot_fwd(call: Call, lhs, rhs, quantized, group_sizes, group_offset):
   (rows, weights), recipe = quantized, call.recipe
   if recipe.quantizes:
-    lhs, rhs = differentiable_once((lhs, rhs))
+    lhs, rhs = differentiable_once(lhs), differentiable_once(rhs)
   dgrad_rhs = rhs
   if weights is None and recipe.quantizes_weights:
     weights = call.quantize_weights(rhs)

@@ -314,7 +314,8 @@ def test_nan_stays_with_its_token(score):
   ):
     out, vjp = jax.vjp(run, logits, y)
     equal(~np.isfinite(out).all(axis=1), bad)
-    equal(np.asarray(out)[~bad], np.asarray(run(LOGITS, x))[~bad])
+    expected = jax.vjp(run, LOGITS, x)[0]  # Whose roundings are the same.
+    equal(np.asarray(out)[~bad], np.asarray(expected)[~bad])
     for gradient in vjp(jnp.ones_like(out)):
       assert np.isfinite(np.asarray(gradient)[~bad]).all()
 
