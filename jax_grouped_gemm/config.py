@@ -166,7 +166,10 @@ def _check_choices(config, **choices):
 
 def _check_least(config, **bounds):
   for name, least in bounds.items():
-    if getattr(config, name) < least:
+    value = getattr(config, name)
+    if not isinstance(value, int):
+      raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
       raise ValueError(
         f"{name} must be at least {least}, got {getattr(config, name)}"
       )

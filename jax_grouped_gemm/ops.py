@@ -107,7 +107,8 @@ def k_grouped_gemm(
   Args:
     lhs: as quantize_for_k_grouped makes it, blocks of (1, 128).
     rhs: the same, of the same tokens.
-    group_sizes: tokens of each group, those that the operands were made with.
+    group_sizes: tokens of each group of the operands; of those that were kept,
+      if they were made with a group_offset.
     accumulator: is added to the result, and its memory becomes the result's if
       nobody needs it any more: donated to jit, or carried by a loop.
     preferred_element_type: dtype of the result; sums are float32.

@@ -93,7 +93,7 @@ class ScaledArray:
 
   def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
     """Returns values * scales, of `shape`; rounded once, to f32 or wider."""
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_dtype(dtype)
     values = self.values[tuple(slice(size) for size in self.shape)]
     scales = expand_scales(self.scales, self.block_shape, self.shape)
     return (values.astype(wide) * scales.astype(wide)).astype(dtype)
@@ -108,6 +108,12 @@ class ScaledArray:
   def tree_unflatten(cls, static, children) -> "ScaledArray":
     """Part of jax's pytree protocol; children may be any objects."""
     return cls(*children, *static)
+
+
+def wide_dtype(*dtypes: DTypeLike):
+  """float64 if any of the dtypes is, else float32, however JAX promotes."""
+  is_wide = jnp.dtype(jnp.float64) in map(jnp.dtype, dtypes)
+  return jnp.dtype(jnp.float64 if is_wide else jnp.float32)
 
 
 def scales_shape(

@@ -341,6 +341,7 @@ CASES = [
   (Config, {"compute_wgs": 4}, ValueError, r"\(2, 3\), got 4"),
   (Config, {"compute_wgs": 3}, ValueError, "tile_n=192 needs compute_wgs=2"),
   (Config, {"num_stages": 1}, ValueError, "at least 2, got 1"),
+  (Config, {"num_stages": 2.5}, TypeError, "must be an int, got 2.5"),
   (Config, {"raster_width": 0}, ValueError, "at least 1, got 0"),
   (Config, {"num_sms": 1}, ValueError, "cluster=2, got 1"),
   (SmallGroupsConfig, {"tile_m": 24}, ValueError, r"16, 32, 64\), got 24"),

@@ -200,6 +200,33 @@ def test_64_bit_mode(fn, args):
   equal(got, expected)
 
 
+@pytest.mark.parametrize("recipe", [Recipe(), RECIPES["bf16"]], ids=RECIPES)
+def test_strict_promotion(recipe):
+  """Nothing relies on JAX's promotion of dtypes or ranks."""
+  args = [
+    jax.tree.map(lambda x: x.astype(jnp.bfloat16), operands)
+    for operands in (
+      (integers(K, G), integers(G, K, 2 * N), integers(G, N, K)),
+      integers(M, K),
+    )
+  ]
+  biases = integers(G), integers(G), integers(G, 2 * N), integers(G, K)
+
+  def run(params, x):
+    params = MoeParams(*params, *biases)
+    return jax.value_and_grad(
+      lambda x: moe_layer(x, params, 2, recipe=recipe).out.sum()
+    )(x)
+
+  expected = run(*args)
+  with (
+    jax.numpy_dtype_promotion("strict"),
+    jax.numpy_rank_promotion("raise"),
+  ):
+    got = run(*args)
+  equal(got, expected)
+
+
 def test_64_bit_mode_of_layers():
   weights = integers(K, G), integers(G, K, 2 * N), integers(G, N, K)
   run = jax.value_and_grad(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jax_grouped_gemm.scaled_array import wide_dtype
+
 # Of gpt-oss: the slope of its sigmoid, and where it clamps.
 _CLAMPED_ALPHA = 1.702
 _CLAMPED_LIMIT = 7.0
@@ -140,4 +142,4 @@ def gradients(
 
 
 def _widen(*arrays):
-  return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
+  return [x.astype(wide_dtype(x.dtype)) for x in arrays]

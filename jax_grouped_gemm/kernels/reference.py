@@ -16,6 +16,7 @@ from jax_grouped_gemm.scaled_array import (
   ScaledArray,
   expand_scales,
   scales_shape,
+  wide_dtype,
 )
 
 MIN_AMAX = 1e-4  # of a block, as DeepSeek-V3 and DeepGEMM have it.
@@ -91,8 +92,8 @@ def quantize_for_k_grouped(
   num_tokens = x.shape[0]
   first, sizes = schedule.token_blocks(starts, ends, num_tokens)
   place = jnp.arange(schedule.TOKEN_BLOCK, dtype=jnp.int32)
-  inside = (place < sizes[:, None]).reshape(-1, 1)
-  token = first[:, None] + place
+  inside = (place[None] < sizes[:, None]).reshape(-1, 1)
+  token = first[:, None] + place[None]
   token = jnp.clip(token, 0, num_tokens - 1).reshape(-1)
   return quantize(
     jnp.where(inside, x[token], 0),
@@ -123,13 +124,9 @@ def _pad_rows(x: Array, count: int) -> Array:
   return jnp.pad(x, ((0, count), (0, 0)))
 
 
-def _wide(*dtypes: DTypeLike):
-  return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
-
-
 def _dot(lhs, rhs, lhs_axis: int, rhs_axis: int, precision):
   """Contracts an axis of each, in f32 or wider."""
-  dtype = _wide(lhs.dtype, rhs.dtype)
+  dtype = wide_dtype(lhs.dtype, rhs.dtype)
   return lax.dot_general(
     lhs.astype(dtype),
     rhs.astype(dtype),
@@ -205,7 +202,7 @@ def k_grouped_matmul(
   The rows of g are those in [starts[g], ends[g]).
   """
   groups, (t, m), n = starts.shape[0], lhs.shape, rhs.shape[1]
-  dtype = _wide(lhs.dtype, rhs.dtype)
+  dtype = wide_dtype(lhs.dtype, rhs.dtype)
   tiles, tile_t = _make_tiles(starts, ends, t)
   lhs, rhs = _pad_rows(lhs, tile_t), _pad_rows(rhs, tile_t)
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32, Int
 from jax_grouped_gemm import checks, schedule
 from jax_grouped_gemm.group_sizes import check_group_sizes
 from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.scaled_array import wide_dtype
 
 
 def add_bias(
@@ -36,7 +37,7 @@ def _membership(m: int, group_sizes) -> Array:
   """(m, g), whether the row is the group's."""
   starts, ends = schedule.group_bounds(group_sizes, m)
   row = jnp.arange(m, dtype=jnp.int32)[:, None]
-  return (row >= starts) & (row < ends)
+  return (row >= starts[None]) & (row < ends[None])
 
 
 @jax.custom_vjp
@@ -44,13 +45,14 @@ def _add_bias(x, bias, group_sizes):
   ends = schedule.group_bounds(group_sizes, x.shape[0])[1]
   row = jnp.arange(x.shape[0], dtype=jnp.int32)
   group = jnp.searchsorted(ends, row, side="right", method="compare_all")
-  bias = bias.astype(jnp.promote_types(x.dtype, jnp.float32))
+  wide = wide_dtype(x.dtype)
+  bias = bias.astype(wide)
   rows = jnp.where(
     (row < ends[-1])[:, None],
     bias[jnp.minimum(group, bias.shape[0] - 1)],
     0,
   )
-  return (x + rows).astype(x.dtype)
+  return (x.astype(wide) + rows).astype(x.dtype)
 
 
 def _add_bias_fwd(x, bias, group_sizes):
@@ -77,5 +79,5 @@ def _sum_rows(is_member, x) -> Float32[Array, "g n"]:
     x,
     (((0,), (0,)), ((), ())),
     precision=lax.Precision.HIGHEST,
-    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    preferred_element_type=wide_dtype(x.dtype),
   )

@@ -100,7 +100,11 @@ class ExpertParallel:
   chunks: int = 1
 
   def __post_init__(self):
-    object.__setattr__(self, "data_axes", tuple(self.data_axes))
+    axes = self.data_axes
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    object.__setattr__(self, "data_axes", axes)
+    if not isinstance(self.axis_name, str):
+      raise TypeError(f"axis_name must be a str, got {self.axis_name!r}")
     if self.axis_name in self.data_axes:
       raise ValueError(
         f"data_axes {self.data_axes} must not hold axis_name {self.axis_name!r}"

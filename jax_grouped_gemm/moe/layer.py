@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from jax_grouped_gemm import checks
 from jax_grouped_gemm.moe.activation import Activation
 from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
 from jax_grouped_gemm.moe.grouped_mlp import Weights, grouped_mlp
@@ -181,7 +182,9 @@ def _logits(x: Float[Array, "t d"], params: MoeParams) -> Float32[Array, "t e"]:
   logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
   if params.router_bias is None:
     return logits
-  return logits + jnp.asarray(params.router_bias).astype(jnp.float32)
+  e = router.shape[1]
+  bias = checks.check_bias("router_bias", params.router_bias, (e,))
+  return logits + bias.astype(jnp.float32)[None]
 
 
 for _type in (MoeParams, MoeOutput):

@@ -19,7 +19,7 @@ from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.kernels import copy_rows
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe.routing import count
-from jax_grouped_gemm.scaled_array import ScaledArray
+from jax_grouped_gemm.scaled_array import ScaledArray, wide_dtype
 from jax_grouped_gemm.schedule import as_int32
 
 
@@ -89,6 +89,8 @@ def sort_by_expert(
   experts = jnp.asarray(experts)
   if experts.ndim != 2:
     raise ValueError(f"experts must be (tokens, top_k), got {experts.shape}")
+  if num_experts < 1:
+    raise ValueError(f"num_experts must be at least 1, got {num_experts}")
   if not jnp.issubdtype(experts.dtype, jnp.integer):
     raise TypeError(f"experts must be integers, got {experts.dtype}")
   experts = as_int32(experts)  # Before num_experts becomes of its dtype.
@@ -131,7 +133,7 @@ def _gather_copies_fwd(implementation, x, order, inverse):
 
 
 def _gather_copies_bwd(implementation, inverse, drows):
-  dx = drows[inverse].astype(_sum_dtype(drows)).sum(axis=1)
+  dx = drows[inverse].astype(wide_dtype(drows.dtype)).sum(axis=1)
   return dx.astype(drows.dtype), None, None
 
 
@@ -201,7 +203,7 @@ def combine(
 
 @jax.custom_vjp
 def _weighted_sum(rows, weights, order, inverse) -> Float32[Array, "t d"]:
-  wide = _sum_dtype(rows)
+  wide = wide_dtype(rows.dtype)
   products = rows[inverse].astype(wide) * weights.astype(wide)[:, :, None]
   return products.sum(axis=1)
 
@@ -223,10 +225,6 @@ def _weighted_sum_bwd(residuals, dout):
 
 
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
-
-
-def _sum_dtype(x: Array):
-  return jnp.promote_types(x.dtype, jnp.float32)
 
 
 jax.export.register_namedtuple_serialization(

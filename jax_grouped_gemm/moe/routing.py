@@ -49,7 +49,8 @@ def route_top_k(
   """experts[t] = the top_k of score(logits[t]) + expert_bias, logits (t, e).
 
   weights[t] = scale * the scores of the chosen experts, without the bias,
-  divided by their sum if `normalize`. All in float32.
+  divided by their sum if `normalize`, which leaves 1 of a single one and no
+  gradient. All in float32.
 
   Softmax and normalize is what Mixtral and Qwen3 do, and the same as gpt-oss'
   softmax over the chosen logits. DeepSeek-V3 has sigmoid, normalize, an
@@ -85,7 +86,7 @@ def route_top_k(
   scores, log_scores, probabilities = _scores(logits, score)
   choice = lax.stop_gradient(scores)
   if expert_bias is not None:
-    choice = choice + lax.stop_gradient(expert_bias.astype(jnp.float32))
+    choice = choice + lax.stop_gradient(expert_bias.astype(jnp.float32))[None]
   if top_expert_groups < num_expert_groups:
     choice = _only_best_groups(choice, num_expert_groups, top_expert_groups)
   experts = _best(choice, top_k)
@@ -130,7 +131,9 @@ def count(experts: Int32[Array, "..."], num_experts: int) -> Int32[Array, "e"]:
   """How often each expert occurs; others than those there are do not count."""
   # Not bincount: it is a scatter, which adds with atomics.
   ids = jnp.arange(num_experts, dtype=experts.dtype)
-  return jnp.sum(experts.reshape(-1) == ids[:, None], axis=1, dtype=jnp.int32)
+  return jnp.sum(
+    experts.reshape(1, -1) == ids[:, None], axis=1, dtype=jnp.int32
+  )
 
 
 def _scores(logits, score: Score):
@@ -173,7 +176,8 @@ def _only_best_groups(choice: Float32[Array, "t e"], groups: int, keep: int):
   best = _best(grouped, min(_BEST_OF_GROUP, e // groups))
   best = jnp.take_along_axis(grouped, best, axis=-1).sum(axis=-1)
   kept = _best(best, keep)
-  is_kept = jnp.any(kept[:, :, None] == jnp.arange(groups), axis=1)
+  is_kept = kept[:, :, None] == jnp.arange(groups)[None, None]
+  is_kept = jnp.any(is_kept, axis=1)
   return jnp.where(is_kept[:, :, None], grouped, -jnp.inf).reshape(t, e)
 
 
@@ -203,7 +207,7 @@ def _take_fwd(scores, experts):
 
 def _take_bwd(residuals, dweights):
   experts, e = residuals
-  is_chosen = experts[:, :, None] == jnp.arange(e)
+  is_chosen = experts[:, :, None] == jnp.arange(e)[None, None]
   return jnp.where(is_chosen, dweights[:, :, None], 0).sum(axis=1), None
 
 

@@ -168,6 +168,13 @@ def test_damaged_files(data, message, tmp_path):
     assert str(error.value).startswith(name)
 
 
+@pytest.mark.parametrize("name, size", [("F8_E8M0", 1), ("U16", 2), ("U64", 8)])
+def test_dtypes_beside_floats(name, size):
+  entry = {"dtype": name, "shape": [1], "data_offsets": [0, size]}
+  data = safetensors({}, x=entry) + bytes(size)
+  assert moe.read_safetensors(data)["x"].dtype.itemsize == size
+
+
 def test_unknown_dtypes_are_left_out():
   entry = {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}
   assert moe.read_safetensors(safetensors({}, x=entry)) == {}

@@ -548,6 +548,7 @@ def test_ragged_exchange_lowers_for_gpus(payload):
   "call, message",
   [
     (lambda: moe.ExpertParallel("x", ("x",)), "must not hold axis_name 'x'"),
+    (lambda: moe.ExpertParallel("x", "x"), "must not hold axis_name 'x'"),
     (lambda: moe.ExpertParallel("x", capacity=0), "got 0"),
     (lambda: moe.ExpertParallel("x", exchange="sparse"), "'sparse'"),
     (lambda: moe.ExpertParallel("x", payload="int8"), "'bf16'.*'int8'"),

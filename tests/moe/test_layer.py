@@ -165,6 +165,12 @@ def test_lowers_for_hopper_without_a_gpu():
   [
     (dict(router=PLAIN.router.T), K, ValueError, r"got \(5, 32\)"),
     (dict(router=PLAIN.router[:, :4]), K, ValueError, "5 groups of rhs, got 4"),
+    (
+      dict(router_bias=PLAIN.router[0, :1]),
+      K,
+      ValueError,
+      r"router_bias must be \(5,\), got \(1,\)",
+    ),
     ({}, 9, ValueError, "top_k must be from 1 to the 5 experts, got 9"),
     (dict(down_bias=PLAIN.router), K, ValueError, r"must be \(5, 32\)"),
   ],

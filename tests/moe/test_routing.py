@@ -362,6 +362,7 @@ def test_few_tokens(t):
       r"\(37, 8\) and \(36, 3\)",
     ),
     (lambda: moe.dispatch(LOGITS, LOGITS, E), TypeError, "float32"),
+    (lambda: moe.dispatch(LOGITS, EXPERTS, 0), ValueError, "at least 1, got 0"),
     (
       lambda: moe.combine(LOGITS, LOGITS, moe.dispatch(LOGITS, EXPERTS, E)[1]),
       ValueError,
