@@ -1,8 +1,9 @@
 """Checks of calls when they are traced: what is wrong, and the rule."""
 
+from numbers import Integral
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from jax_grouped_gemm import implementation as implementations
@@ -178,7 +179,7 @@ def check_expected_m(expected_m: int | None, max_m: int) -> int:
   """Returns how many rows of a group to expect, from 1 to max_m."""
   if expected_m is None:
     expected_m = max_m
-  if not isinstance(expected_m, (int, np.integer)):
+  if not isinstance(expected_m, Integral):
     raise TypeError(f"expected_m must be an int or None, got {expected_m!r}")
   if expected_m < 0:
     raise ValueError(f"expected_m must not be negative, got {expected_m}")

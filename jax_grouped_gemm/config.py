@@ -1,6 +1,7 @@
 """Static choices of a kernel launch, and the shared memory that they cost."""
 
 import dataclasses
+from numbers import Integral
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -167,9 +168,7 @@ def _check_choices(config, **choices):
 def _check_least(config, **bounds):
   for name, least in bounds.items():
     value = getattr(config, name)
-    if not isinstance(value, int):
+    if not isinstance(value, Integral):
       raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
-      raise ValueError(
-        f"{name} must be at least {least}, got {getattr(config, name)}"
-      )
+      raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -217,8 +217,8 @@ def launch(load, compute, *, name, config, interpret, refs_type, **types):
     # warp_map refuses refs that say they are not (jax 0.11.2).
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
     with jax.enable_x64(False):  # Kernels count in Python's and 32-bit numbers.
-      kernel = jax.make_jaxpr(run)(*shapes)
-    out, *_ = jaxpr_as_fun(kernel)(*operands)
+      jaxpr = jax.make_jaxpr(run)(*shapes)
+    out, *_ = jaxpr_as_fun(jaxpr)(*operands)
     return out
 
   return call

@@ -8,11 +8,11 @@ by sender, and their weighted results added up, so that one row comes back.
 import dataclasses
 import itertools
 from collections.abc import Callable
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
@@ -295,5 +295,5 @@ def _default_exchange(num_devices: int) -> str:
 
 
 def _check_positive(name: str, value, what: str = ""):
-  if not (isinstance(value, (int, np.integer)) and value > 0):
+  if not (isinstance(value, Integral) and value > 0):
     raise ValueError(f"{name} must be a positive number{what}, got {value!r}")
