@@ -182,7 +182,9 @@ class KGrouped:
   def calls(self):
     """Returns {implementation: function that returns (function, operands)}."""
     (m, t), (n, _), g = self.lhs.shape, self.rhs.shape, self.sizes.size
-    config = tuning.k_grouped_config(m, n, t, g)
+    config = tuning.k_grouped_config(
+      m, n, t, g, self.accumulator.dtype, accumulates=True
+    )
     ours = functools.partial(_accumulate, config=config)
     operands = self.lhs, self.rhs, self.sizes, self.accumulator
     return {

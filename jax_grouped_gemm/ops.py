@@ -152,6 +152,9 @@ def k_grouped_gemm(
     *bounds,
     accumulator,
     out_dtype=out_dtype,
-    config=config or tuning.k_grouped_config(m, n, t, g),
+    config=config
+    or tuning.k_grouped_config(
+      m, n, t, g, out_dtype, accumulates=accumulator is not None
+    ),
     interpret=implementation == "interpret",
   )

@@ -58,12 +58,15 @@ _ROW_SPREAD = 1.5  # Of a group's rows to their average; more are a second tile.
 _MOST_SLOTS = 24  # of small tiles
 
 # K-grouped: rates of tile_n relative to 128 when all columns are used. 64 is an
-# estimate. 192 pays where groups have many tokens, as a tile costs more besides
-# its slices (8192: 1.05, 4096: 1.02, 2048: 1.00; H200). CTAs that share lhs are
-# 0 to 3 % slower (H200, H100). Claimed tiles are 3 % faster for 16 groups and
-# 3 % slower for 4 (H200).
+# estimate. A tile of 192 costs less a slice, and besides its slices, where its
+# sums are rounded to 16 bits, what one of 128 does (512 tokens a group: 1.16,
+# 1024: 1.10, 2048: 1.07, 4096: 1.05; H200). In float32 it costs more than that
+# (8192: 1.05, 4096: 1.00, 2048: 0.98; H200). CTAs that share lhs are as fast or
+# slower (H200, H100). Claimed tiles pay where results are added to what is
+# there (3 % for 16 groups, not for 4), else they cost 1 to 8 % (H200).
 _K_GROUPED_DYNAMIC_GROUPS = 8
 _K_GROUPED_RATES = {128: 1.0, 64: 0.6}
+_K_GROUPED_RATES_16_BITS = {**_K_GROUPED_RATES, 192: 1.08}
 _K_GROUPED_RATES_MANY_TOKENS = {**_K_GROUPED_RATES, 192: 1.05}
 _K_GROUPED_MANY_TOKENS = 6144  # of a group, on average
 
@@ -224,20 +227,23 @@ def masked_config(
 
 
 def k_grouped_config(
-  m: int, n: int, t: int, g: int, out_dtype: DTypeLike = jnp.float32
+  m: int, n: int, t: int, g: int, out_dtype: DTypeLike, accumulates: bool
 ) -> Config:
   """The config of a K-grouped GEMM (m, t) x (n, t) -> (g, m, n)."""
   measured = _lookup("k_grouped", t, n, m, g, out_dtype)
   if measured:
     return measured
 
-  many_tokens = t >= g * _K_GROUPED_MANY_TOKENS
-  rates = _K_GROUPED_RATES_MANY_TOKENS if many_tokens else _K_GROUPED_RATES
+  rates = _K_GROUPED_RATES
+  if jnp.dtype(out_dtype).itemsize == 2:
+    rates = _K_GROUPED_RATES_16_BITS
+  elif t >= g * _K_GROUPED_MANY_TOKENS:
+    rates = _K_GROUPED_RATES_MANY_TOKENS
 
   def time(tile_n):
     return -(-n // tile_n) * tile_n / rates[tile_n]
 
-  dynamic = g >= _K_GROUPED_DYNAMIC_GROUPS
+  dynamic = accumulates and g >= _K_GROUPED_DYNAMIC_GROUPS
   best = Config(
     tile_n=min(rates, key=time),
     cluster=1,

@@ -1,26 +1,42 @@
 """A bias per group, added to the group's rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
-from jax_grouped_gemm import checks, schedule
+from jax_grouped_gemm import checks, manual_axes, schedule
+from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.group_sizes import check_group_sizes
+from jax_grouped_gemm.kernels.unquantized import Unquantized
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import wide_dtype
+
+_ONES = 8  # columns: the kernels multiply as many as well as one.
 
 
 def add_bias(
   x: Float[Array, "m n"],
   bias: Float[Array, "g n"] | None,
   group_sizes: Int[Array, "g"],
+  *,
+  implementation: str | None = None,
 ) -> Float[Array, "m n"]:
   """out[r] = x[r] + bias[group of r], x as it is for rows of no group.
 
   The gradient of the bias is a product with ones, in float32: no scatter. What
-  is not finite in x's gradient makes NaN of that entry of that group's.
+  is not finite in x's gradient is in the sums of its own group alone.
+
+  Args:
+    x: a row per token copy.
+    bias: of each group; None: nothing is added.
+    group_sizes: rows of each group.
+    implementation: of that product, as in ragged_dot; the kernels have it where
+      x has 16 bits.
   """
+  implementations.check(implementation)
   if bias is None:
     return x
   x = jnp.asarray(x)
@@ -30,18 +46,11 @@ def add_bias(
   g = jnp.size(group_sizes)
   group_sizes, _ = check_group_sizes(group_sizes, m, g)
   bias = checks.check_bias("bias", bias, (g, n))
-  return _add_bias(*vary_alike(x, bias, group_sizes))
+  return _add_bias(implementation, *vary_alike(x, bias, group_sizes))
 
 
-def _membership(m: int, group_sizes) -> Array:
-  """(m, g), whether the row is the group's."""
-  starts, ends = schedule.group_bounds(group_sizes, m)
-  row = jnp.arange(m, dtype=jnp.int32)[:, None]
-  return (row >= starts[None]) & (row < ends[None])
-
-
-@jax.custom_vjp
-def _add_bias(x, bias, group_sizes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_bias(implementation, x, bias, group_sizes):
   ends = schedule.group_bounds(group_sizes, x.shape[0])[1]
   row = jnp.arange(x.shape[0], dtype=jnp.int32)
   group = jnp.searchsorted(ends, row, side="right", method="compare_all")
@@ -55,29 +64,21 @@ def _add_bias(x, bias, group_sizes):
   return (x.astype(wide) + rows).astype(x.dtype)
 
 
-def _add_bias_fwd(x, bias, group_sizes):
+def _add_bias_fwd(implementation, x, bias, group_sizes):
   # Not the bias itself, only its dtype.
-  return _add_bias(x, bias, group_sizes), (group_sizes, bias[:0])
+  out = _add_bias(implementation, x, bias, group_sizes)
+  return out, (group_sizes, bias[:0])
 
 
-def _add_bias_bwd(residuals, dout):
+def _add_bias_bwd(implementation, residuals, dout):
   group_sizes, bias = residuals
-  is_member = _membership(dout.shape[0], group_sizes)
-  finite = jnp.isfinite(dout)
-  sums = _sum_rows(is_member, jnp.where(finite, dout, 0))
-  damaged = _sum_rows(is_member, (~finite).astype(jnp.bfloat16))
-  dbias = jnp.where(damaged > 0, jnp.nan, sums)
+  sum_groups = Unquantized(
+    lax.Precision.HIGHEST, implementation, use_lax=False, has_offset=False
+  ).rhs_gradient
+  ones = 1 + manual_axes.zeros((dout.shape[0], _ONES), dout.dtype, dout)
+  bounds = schedule.group_bounds(group_sizes, dout.shape[0])
+  dbias = sum_groups(ones, dout, *bounds, wide_dtype(dout.dtype))[:, 0]
   return dout, dbias.astype(bias.dtype), None
 
 
 _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
-
-
-def _sum_rows(is_member, x) -> Float32[Array, "g n"]:
-  return lax.dot_general(
-    is_member.astype(x.dtype),
-    x,
-    (((0,), (0,)), ((), ())),
-    precision=lax.Precision.HIGHEST,
-    preferred_element_type=wide_dtype(x.dtype),
-  )

@@ -48,10 +48,12 @@ SMALL_GROUPS = {
 }
 # With the least n it is chosen for.
 K_GROUPED = {
-  tuning.k_grouped_config(256, n, t, g): n
+  (tuning.k_grouped_config(256, n, t, g, dtype, acc), dtype, acc): n
   for n in reversed(WIDTHS)
   for g in (4, 16)
   for t in (1024, 2**18)
+  for dtype in DTYPES
+  for acc in {False, dtype == jnp.float32}
 }
 
 
@@ -149,11 +151,11 @@ def test_masked_kernels(compile_and_report, kernel, config):
   compile_and_report(gemm, *m_grouped_args(4096, 4096, 2880, 64))
 
 
-def k_grouped(m, n, g, config, acc):
+def k_grouped(m, n, g, config, acc, dtype=jnp.float32):
   """Returns the function and its arguments."""
   t, f8 = 1024, jnp.float8_e4m3fn
   gemm = functools.partial(
-    k_grouped_gemm, m=m, n=n, out_dtype=jnp.float32, config=config
+    k_grouped_gemm, m=m, n=n, out_dtype=dtype, config=config
   )
   return (
     gemm,
@@ -167,12 +169,11 @@ def k_grouped(m, n, g, config, acc):
   )
 
 
-@pytest.mark.parametrize("accumulator", [False, True])
-@pytest.mark.parametrize("config", K_GROUPED)
-def test_k_grouped_configs(compile_and_report, config, accumulator):
-  assert config.smem_bytes(jnp.float32) <= SMEM_BYTES
-  n = K_GROUPED[config]
-  compile_and_report(*k_grouped(4096, n, 8, config, accumulator))
+@pytest.mark.parametrize("config, dtype, accumulator", K_GROUPED)
+def test_k_grouped_configs(compile_and_report, config, dtype, accumulator):
+  assert config.smem_bytes(dtype) <= SMEM_BYTES
+  n = K_GROUPED[config, dtype, accumulator]
+  compile_and_report(*k_grouped(4096, n, 8, config, accumulator, dtype))
 
 
 def test_k_grouped_adds_in_place():

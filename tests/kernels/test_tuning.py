@@ -86,21 +86,38 @@ def test_the_heuristic_weighs_columns_in_vain():
 def test_tiles_of_long_calls_are_claimed():
   assert config(m=2**15, n=6144, k=7168, g=64).dynamic
   assert not config(m=2**12, n=2048, k=1024, g=8).dynamic
-  for g, dynamic in ((4, False), (16, True)):
-    assert tuning.k_grouped_config(4096, 7168, 2**15, g).dynamic == dynamic
 
 
-def test_k_grouped_tiles_are_wide_where_groups_have_many_tokens():
+@pytest.mark.parametrize(
+  "g, accumulates, dynamic",
+  [(4, True, False), (16, True, True), (16, False, False)],
+)
+def test_k_grouped_tiles_are_claimed_where_they_are_added_to(
+  g, accumulates, dynamic
+):
+  chosen = tuning.k_grouped_config(
+    4096, 7168, 2**15, g, jnp.float32, accumulates
+  )
+  assert chosen.dynamic == dynamic
+
+
+@pytest.mark.parametrize(
+  "dtype, n, tokens, tile_n",
+  [
+    (jnp.float32, 7168, 8192, 192),
+    (jnp.float32, 7168, 2048, 128),
+    (jnp.float32, 256, 8192, 128),
+    (jnp.float32, 48, 8192, 64),
+    (jnp.bfloat16, 7168, 512, 192),
+    (jnp.float16, 2048, 512, 192),
+    (jnp.bfloat16, 256, 512, 128),
+  ],
+)
+def test_k_grouped_tiles_are_wide_where_that_pays(dtype, n, tokens, tile_n):
   """And columns in vain do not cost more than that saves."""
-  for n, tokens, tile_n in (
-    (7168, 8192, 192),
-    (7168, 2048, 128),
-    (256, 8192, 128),
-    (48, 8192, 64),
-  ):
-    chosen = tuning.k_grouped_config(4096, n, 4 * tokens, 4)
-    assert chosen.tile_n == tile_n
-    assert chosen.num_stages >= 3
+  chosen = tuning.k_grouped_config(4096, n, 4 * tokens, 4, dtype, False)
+  assert chosen.tile_n == tile_n
+  assert chosen.num_stages >= 3
 
 
 def test_the_heuristic_weighs_rows_in_vain():

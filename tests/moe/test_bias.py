@@ -22,6 +22,27 @@ def test_rows_get_the_bias_of_their_group():
   assert moe.add_bias(X, None, SIZES) is X
 
 
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_gradient_of_the_bias_is_the_sum_of_its_group(implementation):
+  sizes, n = np.array([3, 0, 70, 20]), 192
+  rng = np.random.default_rng(0)
+  dout = rng.standard_normal((sizes.sum() + 7, n)).astype(jnp.bfloat16)
+  dout[1, 5] = dout[80, 6] = jnp.nan
+  bias = jnp.zeros((len(sizes), n))
+
+  def fn(bias):
+    return moe.add_bias(
+      jnp.zeros_like(dout), bias, sizes, implementation=implementation
+    )
+
+  (dbias,) = jax.vjp(fn, bias)[1](jnp.asarray(dout))
+  ends = np.cumsum(sizes)
+  groups = np.split(dout.astype(np.float64), ends)[:-1]
+  expected = np.stack([group.sum(axis=0) for group in groups])
+  np.testing.assert_allclose(dbias, expected, rtol=1e-5, atol=1e-5)
+  assert np.argwhere(~np.isfinite(dbias)).tolist() == [[0, 5], [3, 6]]
+
+
 @pytest.mark.parametrize(
   "args, error, message",
   [
