@@ -107,9 +107,7 @@ class Product:
       quantized_rhs=quantized_rhs,
       implementation=self.implementation,
     )
-    return add_bias(
-      out, bias, group_sizes, implementation=self.implementation
-    )
+    return add_bias(out, bias, group_sizes, implementation=self.implementation)
 
 
 def _made(prologue: Prologue, x, index, implementation: str | None):
