@@ -241,11 +241,13 @@ def test_m_grouped_nan_stays_where_it_is():
   np.testing.assert_array_equal(np.isnan(out), nan)
 
 
-@pytest.mark.parametrize("with_accumulator", [False, True])
+@pytest.mark.parametrize(
+  "with_accumulator, dtype", [(False, F32), (True, F32), (False, BF16)]
+)
 @pytest.mark.parametrize(
   ("m", "n"), [(1152, 1408), (16, 16), (400, 80), (144, 2064)]
 )
-def test_k_grouped(m, n, with_accumulator):
+def test_k_grouped(m, n, with_accumulator, dtype):
   t = sum(SIZES) + 75
   tokens = normal(t, m), normal(t, n)
   for x in tokens:
@@ -253,12 +255,12 @@ def test_k_grouped(m, n, with_accumulator):
   lhs, rhs = (quantize_for_k_grouped(x, jnp.array(SIZES)) for x in tokens)
   shape = len(SIZES), m, n
   accumulator = normal(*shape) if with_accumulator else None
-  poison(shape, F32)
-  out = gemm(k_grouped_gemm)(
+  poison(shape, dtype)
+  out = gemm(k_grouped_gemm, preferred_element_type=dtype)(
     lhs, rhs, jnp.array(SIZES), accumulator=accumulator
   )
   oracle.check_k_grouped(
-    out, lhs, rhs, SIZES, accumulator, row_error=ROW_ERROR[F32]
+    out, lhs, rhs, SIZES, accumulator, row_error=ROW_ERROR[dtype]
   )
 
 
