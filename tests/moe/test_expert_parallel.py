@@ -404,23 +404,25 @@ def test_ragged_exchange_is_the_dense_one(recipe, pieces, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("platform", "processes", "local", "expected"),
+  ("platform", "processes", "local", "tokens", "expected"),
   [
-    ("cpu", 1, 4, "dense"),
-    ("gpu", 1, 4, "ragged"),
-    ("gpu", 2, 4, "ragged"),  # The axis is within a process.
-    ("gpu", 2, 2, "dense"),
-    ("gpu", 4, 1, "dense"),
+    ("cpu", 1, 4, 4096, "dense"),
+    ("gpu", 1, 4, 4096, "ragged"),
+    ("gpu", 2, 4, 4096, "ragged"),  # The axis is within a process.
+    ("gpu", 2, 2, 4096, "dense"),
+    ("gpu", 4, 1, 4096, "dense"),
+    ("gpu", 1, 4, 64, "dense"),  # So few are exchanged faster.
+    ("gpu", 1, 4, 65, "ragged"),
   ],
 )
 def test_exchange_that_xla_has(
-  platform, processes, local, expected, monkeypatch
+  platform, processes, local, tokens, expected, monkeypatch
 ):
   device = types.SimpleNamespace(platform=platform)
   monkeypatch.setattr(implementation, "default_device", lambda: device)
   monkeypatch.setattr(jax, "process_count", lambda: processes)
   monkeypatch.setattr(jax, "local_device_count", lambda: local)
-  call = moe.ExpertParallel("expert").call(T, K, E // 4, num_devices=4)
+  call = moe.ExpertParallel("expert").call(tokens, K, E // 4, num_devices=4)
   assert call.exchange == expected
 
 
