@@ -15,6 +15,7 @@ from jax_grouped_gemm.kernels import reference, tuning
 from jax_grouped_gemm.launch import m_grouped_kernel, run_kernel, stored_values
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import ScaledArray
+from jax_grouped_gemm.undifferentiable import gemm_operands
 
 
 def m_grouped_gemm_masked(
@@ -70,6 +71,7 @@ def m_grouped_gemm_masked(
     implementation,
     checks.unsupported_by_kernels({"k": k, "n": n}, out_dtype),
   )
+  lhs, rhs = gemm_operands("m_grouped_gemm_masked", lhs, rhs)
   lhs, rhs, group_sizes = vary_alike(lhs, rhs, group_sizes)
   if g * max_m * n * k == 0:
     return manual_axes.zeros((g, max_m, n), out_dtype, lhs.values)

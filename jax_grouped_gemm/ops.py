@@ -15,6 +15,7 @@ from jax_grouped_gemm.kernels import k_grouped, reference, tuning
 from jax_grouped_gemm.launch import m_grouped_kernel, run_kernel
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import ScaledArray
+from jax_grouped_gemm.undifferentiable import gemm_operands
 
 
 def m_grouped_gemm(
@@ -65,6 +66,7 @@ def m_grouped_gemm(
     implementation,
     checks.unsupported_by_kernels({"k": k, "n": n}, out_dtype),
   )
+  lhs, rhs, bias = gemm_operands("m_grouped_gemm", lhs, rhs, bias)
   lhs, rhs, group_sizes, group_offset, bias = vary_alike(
     lhs, rhs, group_sizes, group_offset, bias
   )
@@ -133,6 +135,7 @@ def k_grouped_gemm(
       f"adds a float32 accumulator to float32 only, got {out_dtype}"
     )
   implementation = implementations.choose(implementation, unsupported)
+  lhs, rhs, accumulator = gemm_operands("k_grouped_gemm", lhs, rhs, accumulator)
   lhs, rhs, group_sizes, accumulator = vary_alike(
     lhs, rhs, group_sizes, accumulator
   )

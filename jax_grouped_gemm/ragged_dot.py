@@ -103,6 +103,10 @@ def ragged_dot(
     # jax.lax.ragged_dot has group_offset, but does not implement it.
     jax.ShapeDtypeStruct(rhs.shape[:1], group_sizes.dtype),
   )
+  if not jnp.issubdtype(out.dtype, jnp.floating):
+    raise TypeError(
+      f"preferred_element_type must be a float dtype, got {out.dtype}"
+    )
   use_lax = implementations.default_device().platform != "cpu"
   call = Call(
     recipe=recipe,

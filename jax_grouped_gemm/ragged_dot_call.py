@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -20,6 +19,7 @@ from jax_grouped_gemm.token_quantization import (
   quantize_for_k_grouped,
   quantize_rows_and_tokens,
 )
+from jax_grouped_gemm.undifferentiable import undifferentiable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +84,10 @@ class Call:
     return self.quantize_tokens(*args, quantize=quantize_rows_and_tokens)
 
 
-@jax.custom_jvp
 def differentiable_once(x):
-  """Returns x; NotImplementedError where a gradient is differentiated.
-
-  What a gradient rule quantises has a derivative, but not a meaningful one.
-  """
-  return x
-
-
-@differentiable_once.defjvp
-def _refuse_tangents(primals, tangents):
-  raise NotImplementedError(
+  """Returns x; NotImplementedError where a gradient is differentiated."""
+  return undifferentiable(
     "with FP8 products there are first-order gradients only; Recipe.bf16() has "
-    "higher ones"
+    "higher ones",
+    x,
   )

@@ -327,6 +327,12 @@ CASES = [
   (dot, {"rhs": ONES((32, 48))}, TypeError, r"\(g, k, n\).*\(32, 48\)"),
   (dot, {"lhs": ONES((10, 32), int)}, TypeError, "lhs must be.*got int32"),
   (dot, {"lhs": ONES((10, 33))}, TypeError, "33"),
+  (
+    dot,
+    {"preferred_element_type": jnp.int32},
+    TypeError,
+    "must be a float dtype, got int32",
+  ),
   (dot, {"recipe": "fp8"}, TypeError, "a Recipe, got 'fp8'"),
   (dot, {"implementation": "gpu"}, ValueError, "one of.*got 'gpu'"),
   # Recipe and Config.

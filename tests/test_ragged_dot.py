@@ -220,7 +220,7 @@ def test_products_do_not_depend_on_one_another(recipe):
 def test_interpreted_kernels(monkeypatch, recipe):
   small = Config(tile_n=64, cluster=1, num_stages=2, num_sms=1)
   for name in ("m_grouped_config", "k_grouped_config"):
-    monkeypatch.setattr(tuning, name, lambda *_: small)
+    monkeypatch.setattr(tuning, name, lambda *_, **__: small)
   dtypes = jnp.bfloat16, jnp.float32, jnp.bfloat16
   problem = operands(5, 16, 32, 2, dtypes)
   check(recipe, *problem, (3, 1), implementation="interpret")

@@ -346,6 +346,26 @@ def test_scan_over_weights(recipe):
   equal(results, expected)
 
 
+@pytest.mark.parametrize("argument", [0, 1])
+@pytest.mark.parametrize(
+  "name", ["m_grouped_gemm", "m_grouped_gemm_masked", "k_grouped_gemm"]
+)
+def test_gemms_of_quantised_operands_refuse_gradients(name, argument):
+  """The derivative of rounding is zero, and XLA's that of the scales."""
+  fn, args = FUNCTIONS[name]
+  args = at(args, 0)
+
+  def loss(x, stop=False):
+    operand = jax.lax.stop_gradient(x) if stop else x
+    out = fn(*args[:argument], operand, *args[argument + 1 :])
+    return jnp.sum(out, dtype=jnp.float32) + jnp.sum(x)
+
+  x = args[argument]
+  with pytest.raises(NotImplementedError, match=f"^{name} has no gradient"):
+    jax.jit(jax.grad(loss))(x)
+  equal(jax.jit(jax.grad(loss), static_argnums=1)(x, True), jnp.ones_like(x))
+
+
 def test_scan_over_scaled_arrays():
   lhs, rhs, sizes = FUNCTIONS["m_grouped_gemm"][1]
   operands = (

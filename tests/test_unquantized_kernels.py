@@ -27,7 +27,7 @@ def small_configs(monkeypatch):
     "k_grouped_bf16_config",
     "m_grouped_bf16_config",
   ):
-    monkeypatch.setattr(tuning, name, lambda *_: small)
+    monkeypatch.setattr(tuning, name, lambda *_, **__: small)
 
 
 def integers(*shape, dtype=BF16):

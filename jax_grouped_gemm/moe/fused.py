@@ -36,6 +36,7 @@ from jax_grouped_gemm.quantized_weights import QuantizedWeights
 from jax_grouped_gemm.ragged_dot import ragged_dot
 from jax_grouped_gemm.recipe import Recipe, check_recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
+from jax_grouped_gemm.undifferentiable import undifferentiable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,13 @@ class Product:
     )
     call = _Call(self, prologue, rhs.dtype)
     if isinstance(rhs, ScaledArray):
-      # Its backward pass says that there is none.
-      return _serve(call, x, index, rhs, bias, group_sizes)
+      x, index, rhs, bias = undifferentiable(
+        "ScaledArray weights have no gradient, nor has what is multiplied by "
+        "them or added to their products; train with float weights, which a "
+        "recipe quantises",
+        (x, index, rhs, bias),
+      )
+      return _multiply(call, x, index, rhs, bias, group_sizes)
     if not fuse:
       return self.unfused(x, rhs, bias, group_sizes, index, quantized)
     if quantized is None:
@@ -240,19 +246,3 @@ def _fused_forward_bwd(call: _Call, vjp, dout):
 
 
 _fused_forward.defvjp(_fused_forward_fwd, _fused_forward_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _serve(call: _Call, x, index, weights, bias, group_sizes):
-  return _multiply(call, x, index, weights, bias, group_sizes)
-
-
-def _refuse_gradient(call, *args):
-  raise NotImplementedError(
-    "ScaledArray weights have no gradient, nor has what is multiplied by them "
-    "or added to their products; train with float weights, which a recipe "
-    "quantises"
-  )
-
-
-_serve.defvjp(_refuse_gradient, _refuse_gradient)

@@ -147,8 +147,20 @@ def _hidden(down: Weights, is_scaled: bool) -> int:
   return down.shape[2 if is_scaled else 1]
 
 
+def check_no_copies(**weights):
+  """Raises if weights are QuantizedWeights, which stand beside floats."""
+  for name, value in weights.items():
+    if isinstance(value, QuantizedWeights):
+      raise TypeError(
+        f"{name} must be floats, to which quantized_weights adds their copies, "
+        "or a ScaledArray, such as QuantizedWeights.forward; got "
+        "QuantizedWeights"
+      )
+
+
 def _check_weights(x, gate_up, down, is_scaled: bool):
   """Returns the weights as arrays, once they are known to fit."""
+  check_no_copies(gate_up=gate_up, down=down)
   if is_scaled != isinstance(down, ScaledArray):
     raise TypeError(
       "gate_up and down must both be floats or both be ScaledArrays, got "

@@ -10,7 +10,11 @@ from jaxtyping import Array, Float, Float32, Int32
 from jax_grouped_gemm import checks
 from jax_grouped_gemm.moe.activation import Activation
 from jax_grouped_gemm.moe.expert_parallel import ExpertParallel
-from jax_grouped_gemm.moe.grouped_mlp import Weights, grouped_mlp
+from jax_grouped_gemm.moe.grouped_mlp import (
+  Weights,
+  check_no_copies,
+  grouped_mlp,
+)
 from jax_grouped_gemm.moe.permutation import combine, sort_by_expert
 from jax_grouped_gemm.moe.prologue import Dispatched
 from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
@@ -109,6 +113,13 @@ def moe_layer(
   """
   x = jnp.asarray(x)
   params = MoeParams(*params)
+  check_no_copies(gate_up=params.gate_up, down=params.down)
+  if x.ndim == 0:
+    raise ValueError(f"x must be (..., d), got shape {x.shape}")
+  if parallel is not None and not isinstance(parallel, ExpertParallel):
+    raise TypeError(
+      f"parallel must be an ExpertParallel or None, got {parallel!r}"
+    )
   tokens, d = x.shape[:-1], x.shape[-1]
   rows = x.reshape(-1, d)
   routing = route_top_k(
@@ -141,8 +152,12 @@ def moe_layer(
       implementation=implementation,
     )
 
-  num_experts = params.router.shape[1]
+  num_experts, num_local = params.router.shape[1], params.gate_up.shape[0]
   if parallel is None:
+    if num_experts != num_local:
+      raise ValueError(
+        f"router chooses among {num_experts} experts, gate_up holds {num_local}"
+      )
     # Copied on the way into the first product.
     permutation = sort_by_expert(routing.experts, num_experts)
     group_sizes, dropped = permutation.group_sizes, jnp.zeros((), jnp.int32)
@@ -160,7 +175,7 @@ def moe_layer(
       rows,
       routing,
       num_experts,
-      params.gate_up.shape[0],
+      num_local,
       quantize if is_scaled or recipe.forward == "fp8" else None,
       implementation,
     )

@@ -164,7 +164,18 @@ def test_lowers_for_hopper_without_a_gpu():
   "changes, top_k, error, message",
   [
     (dict(router=PLAIN.router.T), K, ValueError, r"got \(5, 32\)"),
-    (dict(router=PLAIN.router[:, :4]), K, ValueError, "5 groups of rhs, got 4"),
+    (
+      dict(router=PLAIN.router[:, :4]),
+      K,
+      ValueError,
+      "router chooses among 4 experts, gate_up holds 5",
+    ),
+    (
+      dict(gate_up=quantize_weights(PLAIN.gate_up)),
+      K,
+      TypeError,
+      "gate_up must be floats, .*got QuantizedWeights",
+    ),
     (
       dict(router_bias=PLAIN.router[0, :1]),
       K,
@@ -178,3 +189,15 @@ def test_lowers_for_hopper_without_a_gpu():
 def test_errors(changes, top_k, error, message):
   with pytest.raises(error, match=message):
     moe.moe_layer(X, PLAIN._replace(**changes), top_k)
+
+
+@pytest.mark.parametrize(
+  "x, kwargs, error, message",
+  [
+    (X[0, 0], {}, ValueError, r"x must be \(..., d\), got shape \(\)"),
+    (X, dict(parallel="expert"), TypeError, "ExpertParallel .*got 'expert'"),
+  ],
+)
+def test_errors_of_other_arguments(x, kwargs, error, message):
+  with pytest.raises(error, match=message):
+    moe.moe_layer(x, PLAIN, K, **kwargs)
