@@ -106,7 +106,8 @@ def _measure(setting: _Setting, impl_name: str, iterations: int) -> dict:
   row, capacity = {}, None
   if problem.devices > 1:
     traffic = stages.traffic(problem, impl, setting.receivers)
-    if problem.set != "decode":
+    gathers = impl.options.get("exchange") == "gather"  # Without a capacity.
+    if problem.set != "decode" and not gathers:
       capacity = traffic.capacity
     row = {
       "busiest_rows": traffic.busiest,

@@ -29,7 +29,6 @@ from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.fused_quantization import quantize_activation
 from jax_grouped_gemm.moe import expert_parallel
 from jax_grouped_gemm.moe.exchange import send, send_back
-from jax_grouped_gemm.moe.prologue import Dispatched
 
 STAGES = (
   "route",
@@ -160,7 +159,6 @@ def stages(problem, impl: Impl, mesh: Mesh, capacity, x, params, iterations):
   chosen, weights, _ = timed("route", routed, x, params)
 
   to_fp8 = functools.partial(quantize, block_shape=_BLOCKS)
-  sorted_fp8 = functools.partial(Dispatched().quantize, implementation=None)
   num_local = e // problem.devices
   call = parallel.call(problem.tokens, top_k, num_local, problem.devices)
 
@@ -170,9 +168,8 @@ def stages(problem, impl: Impl, mesh: Mesh, capacity, x, params, iterations):
 
   def dispatched(x, chosen, weights):
     _, plan, journey = parallel.plan(chosen, num_local)
-    tokens = expert_parallel.by_device(
-      journey, x, weights, sorted_fp8 if is_fp8 else None
-    )
+    quantized = to_fp8(x) if is_fp8 else None
+    tokens = expert_parallel.by_device(journey, x, weights, quantized, None)
     return plan, journey, read(tokens)
 
   plan, journey, tokens = timed("dispatch", dispatched, x, chosen, weights)

@@ -11,11 +11,10 @@ from example_processes import finish, start, start_together
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jax_grouped_gemm import Recipe, ScaledArray, moe
+from jax_grouped_gemm import Recipe, ScaledArray, moe, quantize
 from jax_grouped_gemm.moe import expert_parallel
 from jax_grouped_gemm.moe.exchange import send, send_back
 from jax_grouped_gemm.moe.plan import arrived
-from jax_grouped_gemm.moe.prologue import Dispatched
 
 COUNT = min(8, 1 << (jax.device_count().bit_length() - 1))
 pytestmark = [
@@ -111,7 +110,7 @@ def check(results, expected, *, wgrad_bound=2**-7):
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("exchange", ["ragged", "dense"])
+@pytest.mark.parametrize("exchange", ["ragged", "dense", "gather"])
 def test_unquantised_layer_is_that_of_one_gpu(exchange, mesh, routing):
   params = PARAMS._replace(expert_bias=ROUTINGS[routing])
   got = run_on(MESHES[mesh], BF16, exchange=exchange)(params, X)
@@ -119,7 +118,10 @@ def test_unquantised_layer_is_that_of_one_gpu(exchange, mesh, routing):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("options", [{}, {"chunks": 2}, {"payload": "bf16"}])
+@pytest.mark.parametrize(
+  "options",
+  [{}, {"chunks": 2}, {"payload": "bf16"}, {"exchange": "gather"}],
+)
 def test_fp8_layer_is_that_of_one_gpu(options, routing):
   params = PARAMS._replace(expert_bias=ROUTINGS[routing])
   got = run_on((COUNT, 1), FP8, **options)(params, X)
@@ -139,9 +141,9 @@ def test_ragged_exchange_is_the_dense_one(mesh, payload):
     parallel = moe.ExpertParallel("expert", ("data",), exchange=exchange)
     call, plan, journey = parallel.plan(chosen, num_local)
     assert call.exchange == exchange
-    to_fp8 = functools.partial(Dispatched().quantize, implementation=None)
+    quantized = quantize(x, (1, 128)) if payload == "fp8" else None
     tokens = expert_parallel.by_device(
-      journey, x, jnp.float32(chosen), to_fp8 if payload == "fp8" else None
+      journey, x, jnp.float32(chosen), quantized, None
     )
     tokens = send(call, tokens, plan)
     if payload == "fp8":  # Their scales are zero where nobody's are anything.

@@ -133,7 +133,7 @@ def test_nan_stays_with_its_token():
     np.testing.assert_array_equal(got[~bad], want[~bad])
 
 
-@pytest.mark.parametrize("exchange", ["ragged", "dense"])
+@pytest.mark.parametrize("exchange", ["ragged", "dense", "gather"])
 @pytest.mark.parametrize("skewed", [False, True])
 def test_expert_parallel(exchange, skewed):
   """On all GPUs, up to 8; on one the exchange is with itself."""

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.moe import gathered
 from jax_grouped_gemm.moe.exchange import Tokens, send, send_back
 from jax_grouped_gemm.moe.permutation import (
   Permutation,
@@ -38,9 +39,9 @@ from jax_grouped_gemm.moe.plan import (
 from jax_grouped_gemm.moe.routing import Routing
 from jax_grouped_gemm.scaled_array import ScaledArray
 
-Quantize = Callable[[Float[Array, "t d"], Permutation], ScaledArray]
+Quantize = Callable[[Float[Array, "t d"]], ScaledArray]
 
-_EXCHANGES = ("ragged", "dense")
+_EXCHANGES = ("ragged", "dense", "gather")
 # That can arrive at a device. Dense buffers of them are faster: a layer of
 # Mixtral 8x7B, 128 tokens on each of two H200s, takes 880 us instead of 1120.
 _FEW_TOKENS = 256
@@ -78,7 +79,9 @@ class ExpertParallel:
       all senders and experts give way in proportion, later tokens first; what
       is dropped is counted and adds zero to its token's result.
     exchange: "ragged": jax.lax.ragged_all_to_all; "dense": jax.lax.all_to_all
-      of buffers that hold the most that two devices can exchange. None:
+      of buffers that hold the most that two devices can exchange; "gather":
+      all devices get all tokens (jax.lax.all_gather), and sums come back by
+      jax.lax.all_to_all, for few tokens, without capacity and chunks. None:
       "ragged" where XLA has it without being asked, that is on GPUs that belong
       to one process, and where more than 256 tokens can arrive at a device;
       else "dense". Of several processes, an axis that is no longer than the
@@ -99,7 +102,7 @@ class ExpertParallel:
   axis_name: str
   data_axes: tuple[str, ...] = ()
   capacity: int | None = None
-  exchange: Literal["ragged", "dense"] | None = None
+  exchange: Literal["ragged", "dense", "gather"] | None = None
   payload: Literal["fp8", "bf16"] | None = None
   chunks: int = 1
 
@@ -122,6 +125,12 @@ class ExpertParallel:
         raise ValueError(
           f"{name} must be None or one of {known}, got {value!r}"
         )
+
+    if self.exchange == "gather" and (self.capacity, self.chunks) != (None, 1):
+      raise ValueError(
+        "exchange 'gather' has neither capacity nor chunks, got "
+        f"capacity={self.capacity} and chunks={self.chunks}"
+      )
 
   @property
   def token_axes(self) -> tuple[str, ...]:
@@ -147,8 +156,8 @@ class ExpertParallel:
       routing: of them.
       num_experts: on all devices along the axis.
       num_local: on each.
-      quantize: gives tokens as a permutation sorts them, quantised as for the
-        experts' first product; None if it does not quantise.
+      quantize: quantises tokens by row, as the experts' first product does;
+        None if it does not.
       implementation: of copying.
 
     Returns:
@@ -177,6 +186,16 @@ class ExpertParallel:
       )
     if self.payload == "bf16":
       quantize = None
+    if self.exchange == "gather":
+      quantized = _quantized(quantize, x)
+      out, sizes = gathered.run(
+        self.axis_name,
+        experts,
+        gathered.Tokens(x, routing.weights, quantized, routing.experts),
+        num_local,
+        implementation,
+      )
+      return out, lax.psum(sizes, self.token_axes), jnp.zeros((), jnp.int32)
     ends = [tokens * i // self.chunks for i in range(self.chunks + 1)]
     chunks = [
       self._send_chunk(
@@ -185,6 +204,7 @@ class ExpertParallel:
         routing.weights[start:end],
         num_local,
         quantize,
+        implementation,
       )
       for start, end in itertools.pairwise(ends)
     ]
@@ -248,24 +268,32 @@ class ExpertParallel:
     rows = rows.reshape(-1, chosen.shape[1])[tokens.order]
     return call, plan, Journey(tokens, rows, copies.group_sizes)
 
-  def _send_chunk(self, x, chosen, weights, num_local: int, quantize):
+  def _send_chunk(
+    self, x, chosen, weights, num_local: int, quantize, implementation
+  ):
     """Returns how some tokens travel, and those that arrive."""
     call, plan, journey = self.plan(chosen, num_local)
     x, weights, plan, journey = vary_alike(x, weights, plan, journey)
-    tokens = by_device(journey, x, weights, quantize)
+    quantized = _quantized(quantize, x)
+    tokens = by_device(journey, x, weights, quantized, implementation)
     return call, plan, journey, send(call, *vary_alike(tokens, plan))
+
+
+def _quantized(quantize: Quantize | None, x) -> ScaledArray | None:
+  """The gradient goes to x itself."""
+  return None if quantize is None else quantize(lax.stop_gradient(x))
 
 
 def by_device(
   journey: Journey,
   x: Float[Array, "t d"],
   weights: Float[Array, "t top_k"],
-  quantize: Quantize | None,
+  quantized: ScaledArray | None,
+  implementation: str | None,
 ) -> Tokens:
   """Returns the tokens sorted by the devices that they go to."""
-  quantized = None
-  if quantize is not None:  # The rows have the gradient.
-    quantized = quantize(lax.stop_gradient(x), journey.tokens)
+  if quantized is not None:
+    quantized = dispatch_quantized(quantized, journey.tokens, implementation)
   rows, weights = (gather_copies(y, journey.tokens) for y in (x, weights))
   weights = weights.astype(jnp.float32)
   return Tokens(rows, quantized, weights, journey.rows_of_copies)

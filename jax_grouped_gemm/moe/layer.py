@@ -16,8 +16,8 @@ from jax_grouped_gemm.moe.grouped_mlp import (
   grouped_mlp,
 )
 from jax_grouped_gemm.moe.permutation import combine, sort_by_expert
-from jax_grouped_gemm.moe.prologue import Dispatched
 from jax_grouped_gemm.moe.routing import Routing, Score, route_top_k
+from jax_grouped_gemm.quantization import quantize_rows
 from jax_grouped_gemm.quantized_weights import QuantizedWeights
 from jax_grouped_gemm.recipe import Recipe
 from jax_grouped_gemm.scaled_array import ScaledArray
@@ -166,7 +166,7 @@ def moe_layer(
   else:
     is_scaled = isinstance(params.gate_up, ScaledArray)
     quantize = functools.partial(
-      Dispatched().quantize,
+      quantize_rows,
       power_of_two_scales=recipe.power_of_two_scales,
       implementation=implementation,
     )

@@ -266,6 +266,58 @@ def test_explicit_mesh():
   close(np.asarray(out), jax.jit(layer)(PARAMS, X).out)
 
 
+# ---------------------------------------------------------------- gathered
+
+
+gathered = functools.cache(
+  lambda shape: value_and_gradients(sharded(shape, exchange="gather"))
+)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
+def test_gathered_tokens(shape, routing):
+  params = PARAMS._replace(expert_bias=ROUTINGS[routing])
+  got, want = (run(shape)(params, X) for run in (gathered, on_devices))
+  jax.tree.map(close, got, want)
+
+
+def test_gathered_tokens_that_are_quantised():
+  grads, result = with_payload("fp8", exchange="gather")(PARAMS, X)
+  expected_grads, expected = with_payload("fp8")(PARAMS, X)
+  np.testing.assert_array_equal(result.out, expected.out)
+  jax.tree.map(close, grads, expected_grads)
+
+
+def test_gathered_tokens_of_few_experts():
+  """Fewer on a device than a token has."""
+  params = PARAMS._replace(expert_bias=ROUTINGS["two devices"])
+  run = functools.partial(moe.moe_layer, top_k=4, recipe=BF16, score="sigmoid")
+  parallel = moe.ExpertParallel("expert", exchange="gather")
+  out = jax.shard_map(
+    lambda x, params: run(x, params, parallel=parallel).out,
+    mesh=Mesh(np.array(jax.devices()[:8]), "expert"),
+    in_specs=(P("expert"), SPECS),
+    out_specs=P("expert"),
+  )
+  close(jax.jit(out)(X, params), jax.jit(run)(X, params).out)
+
+
+def test_gathered_tokens_take_two_collectives():
+  """Beside the sums of what the layer counts."""
+  params = PARAMS._replace(
+    gate_up=quantize(PARAMS.gate_up.mT, (1, 128, 128)),
+    down=quantize(PARAMS.down.mT, (1, 128, 128)),
+  )
+  run = jax.jit(lambda *args: sharded((8, 1), exchange="gather")(*args).out)
+  compiled = run.lower(params, X).compile()
+  text = compiled.as_text()
+  collectives = re.findall(r" (all-[a-z-]+)\(", text)
+  assert sorted(set(collectives)) == ["all-gather", "all-to-all"]
+  assert len(collectives) == 2
+  close(compiled(params, X), jax.jit(layer)(params, X).out)
+
+
 # ---------------------------------------------------------------- capacity
 
 
@@ -554,6 +606,15 @@ def test_ragged_exchange_lowers_for_gpus(payload):
     (lambda: moe.ExpertParallel("x", capacity=0), "got 0"),
     (lambda: moe.ExpertParallel("x", exchange="sparse"), "'sparse'"),
     (lambda: moe.ExpertParallel("x", payload="int8"), "'bf16'.*'int8'"),
+    *(
+      (
+        functools.partial(
+          moe.ExpertParallel, "x", exchange="gather", **options
+        ),
+        "neither capacity nor chunks",
+      )
+      for options in (dict(capacity=9), dict(chunks=2))
+    ),
     (lambda: moe.ExpertParallel("x", chunks=0), "chunks.*positive.*got 0"),
     (
       lambda: jax.eval_shape(sharded((4, 2), chunks=9), PARAMS, X),
