@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from jax_grouped_gemm.config import ROW_ALIGN
 from jax_grouped_gemm.manual_axes import vary_alike, zeros
@@ -81,7 +81,7 @@ def _sort_local(experts: Int[Array, "t top_k"], num_local: int) -> Permutation:
   most = t * min(top_k, num_local)  # A token's experts are different ones.
   rows = most + ROW_ALIGN - most % ROW_ALIGN
   order = jnp.pad(copies.order, (0, max(0, rows - copies.order.size)))[:rows]
-  is_local: Bool[Array, "t top_k"] = (experts >= 0) & (experts < num_local)
+  is_local = (experts >= 0) & (experts < num_local)
   inverse = jnp.where(is_local, copies.inverse, rows)
   return Permutation(order, inverse, copies.group_sizes)
 
