@@ -15,6 +15,7 @@ from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.scaled_array import wide_dtype
 
 _ONES = 8  # columns: the kernels multiply as many as well as one.
+_KERNEL_ITEMSIZE = 2  # bytes of what they multiply.
 
 
 def add_bias(
@@ -33,8 +34,8 @@ def add_bias(
     x: a row per token copy.
     bias: of each group; None: nothing is added.
     group_sizes: rows of each group.
-    implementation: of that product, as in ragged_dot; the kernels have it where
-      x has 16 bits.
+    implementation: of that product, as in ragged_dot; XLA's where x does not
+      have 16 bits.
   """
   implementations.check(implementation)
   if bias is None:
@@ -72,6 +73,8 @@ def _add_bias_fwd(implementation, x, bias, group_sizes):
 
 def _add_bias_bwd(implementation, residuals, dout):
   group_sizes, bias = residuals
+  if dout.dtype.itemsize != _KERNEL_ITEMSIZE:
+    implementation = "xla"
   sum_groups = Unquantized(
     lax.Precision.HIGHEST, implementation, use_lax=False, has_offset=False
   ).rhs_gradient

@@ -23,10 +23,11 @@ def test_rows_get_the_bias_of_their_group():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
-def test_gradient_of_the_bias_is_the_sum_of_its_group(implementation):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gradient_of_the_bias_is_the_sum_of_its_group(dtype, implementation):
   sizes, n = np.array([3, 0, 70, 20]), 192
   rng = np.random.default_rng(0)
-  dout = rng.standard_normal((sizes.sum() + 7, n)).astype(jnp.bfloat16)
+  dout = rng.standard_normal((sizes.sum() + 7, n)).astype(dtype)
   dout[1, 5] = dout[80, 6] = jnp.nan
   bias = jnp.zeros((len(sizes), n))
 
