@@ -21,6 +21,7 @@ def gemm_operands(name: str, *trees):
   """Returns the operands of a GEMM of quantised ones."""
   return undifferentiable(
     f"{name} has no gradient, nor has what quantised its operands; ragged_dot "
-    "has one, and quantises for itself",
+    "has one, and quantises for itself. Where none is wanted: "
+    "jax.lax.stop_gradient of the operands",
     trees,
   )

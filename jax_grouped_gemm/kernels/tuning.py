@@ -58,10 +58,10 @@ _ROW_SPREAD = 1.5  # Of a group's rows to their average; more are a second tile.
 _MOST_SLOTS = 24  # of small tiles
 
 # K-grouped: rates of tile_n relative to 128 when all columns are used. 64 is an
-# estimate. A tile of 192 costs less a slice, and besides its slices, where its
-# sums are rounded to 16 bits, what one of 128 does (512 tokens a group: 1.16,
-# 1024: 1.10, 2048: 1.07, 4096: 1.05; H200). In float32 it costs more than that
-# (8192: 1.05, 4096: 1.00, 2048: 0.98; H200). CTAs that share lhs are as fast or
+# estimate. For the same columns a tile of 192 costs 8 % less a slice, and 20 %
+# less besides where its sums are rounded to 16 bits (512 tokens a group: 1.16,
+# 1024: 1.10, 2048: 1.07, 4096: 1.05; H200). In float32 it costs more besides
+# (8192: 1.05, 4096 and 2048: 1.00; H200). CTAs that share lhs are as fast or
 # slower (H200, H100). Claimed tiles pay where results are added to what is
 # there (3 % for 16 groups, not for 4), else they cost 1 to 8 % (H200).
 _K_GROUPED_DYNAMIC_GROUPS = 8

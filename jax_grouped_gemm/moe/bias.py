@@ -73,15 +73,37 @@ def _add_bias_fwd(implementation, x, bias, group_sizes):
 
 def _add_bias_bwd(implementation, residuals, dout):
   group_sizes, bias = residuals
+  starts, ends = schedule.group_bounds(group_sizes, dout.shape[0])
   if dout.dtype.itemsize != _KERNEL_ITEMSIZE:
     implementation = "xla"
-  sum_groups = Unquantized(
-    lax.Precision.HIGHEST, implementation, use_lax=False, has_offset=False
-  ).rhs_gradient
-  ones = 1 + manual_axes.zeros((dout.shape[0], _ONES), dout.dtype, dout)
-  bounds = schedule.group_bounds(group_sizes, dout.shape[0])
-  dbias = sum_groups(ones, dout, *bounds, wide_dtype(dout.dtype))[:, 0]
+  implementation = implementations.choose(implementation, None)
+  if implementation == "xla":
+    dbias = _sum_groups(dout, starts, ends)
+  else:
+    product = Unquantized(None, implementation, use_lax=False, has_offset=False)
+    ones = 1 + manual_axes.zeros((dout.shape[0], _ONES), dout.dtype, dout)
+    wide = wide_dtype(dout.dtype)
+    dbias = product.rhs_gradient(ones, dout, starts, ends, wide)[:, 0]
   return dout, dbias.astype(bias.dtype), None
 
 
 _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
+
+
+def _sum_groups(x, starts, ends):
+  """Sums of each group's rows, without a loop; NaN if a row is not finite."""
+  row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+  is_member = (row >= starts[None]) & (row < ends[None])
+
+  def sum_rows(x):
+    return lax.dot_general(
+      is_member.astype(x.dtype),
+      x,
+      (((0,), (0,)), ((), ())),
+      precision=lax.Precision.HIGHEST,
+      preferred_element_type=wide_dtype(x.dtype),
+    )
+
+  finite = jnp.isfinite(x)
+  damaged = sum_rows((~finite).astype(jnp.bfloat16)) > 0
+  return jnp.where(damaged, jnp.nan, sum_rows(jnp.where(finite, x, 0)))

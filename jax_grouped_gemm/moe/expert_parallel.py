@@ -83,7 +83,7 @@ class ExpertParallel:
       all devices get all tokens (jax.lax.all_gather), and sums come back by
       jax.lax.all_to_all, for few tokens, without capacity and chunks. None:
       "ragged" where XLA has it without being asked, that is on GPUs that belong
-      to one process, and where more than 256 tokens can arrive at a device;
+      to one process, and where more than 256 tokens of a chunk can arrive;
       else "dense". Of several processes, an axis that is no longer than the
       process has devices is taken to be its own.
     payload: how tokens travel to their experts. "fp8": quantised once, before

@@ -152,7 +152,9 @@ def moe_layer(
       implementation=implementation,
     )
 
-  num_experts, num_local = params.router.shape[1], params.gate_up.shape[0]
+  num_experts = params.router.shape[1]
+  # What else is wrong with the weights says grouped_mlp.
+  num_local, *_ = *getattr(params.gate_up, "shape", ()), num_experts
   if parallel is None:
     if num_experts != num_local:
       raise ValueError(
