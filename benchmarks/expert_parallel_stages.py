@@ -27,7 +27,7 @@ from benchmarks.timing import measure_kernels_us, measure_queued_us
 from jax_grouped_gemm import m_grouped_gemm, moe, quantize
 from jax_grouped_gemm.config import SCALE_BLOCK
 from jax_grouped_gemm.fused_quantization import quantize_activation
-from jax_grouped_gemm.moe import expert_parallel
+from jax_grouped_gemm.moe import journey as journeys
 from jax_grouped_gemm.moe.exchange import send, send_back
 
 STAGES = (
@@ -169,15 +169,13 @@ def stages(problem, impl: Impl, mesh: Mesh, capacity, x, params, iterations):
   def dispatched(x, chosen, weights):
     _, plan, journey = parallel.plan(chosen, num_local)
     quantized = to_fp8(x) if is_fp8 else None
-    tokens = expert_parallel.by_device(journey, x, weights, quantized, None)
+    tokens = journeys.by_device(journey, x, weights, quantized, None)
     return plan, journey, read(tokens)
 
   plan, journey, tokens = timed("dispatch", dispatched, x, chosen, weights)
   sent = lambda tokens, plan: read(send(call, tokens, plan))
   tokens = timed("exchange", sent, tokens, plan)
-  copied = functools.partial(
-    expert_parallel.copies_of, call, implementation=None
-  )
+  copied = functools.partial(journeys.copies_of, call, implementation=None)
   rows, received, local = timed("copy", copied, plan, tokens)
   if not is_fp8:
     received = timed("quantize", to_fp8, rows)
@@ -188,6 +186,6 @@ def stages(problem, impl: Impl, mesh: Mesh, capacity, x, params, iterations):
   out = timed("down", m_grouped_gemm, hidden, params.down, sizes)
   out = timed("sum", moe.combine, out, tokens.weights, local)
   out = timed("exchange back", functools.partial(send_back, call), out, plan)
-  combined = lambda *args: expert_parallel.combine_devices(*args, x.dtype)
+  combined = lambda *args: journeys.combine_devices(*args, x.dtype)
   timed("combine", combined, out, journey.tokens)
   return times

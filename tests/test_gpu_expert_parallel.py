@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_grouped_gemm import Recipe, ScaledArray, moe, quantize
-from jax_grouped_gemm.moe import expert_parallel
+from jax_grouped_gemm.moe import journey as journeys
 from jax_grouped_gemm.moe.exchange import send, send_back
 from jax_grouped_gemm.moe.plan import arrived
 
@@ -142,7 +142,7 @@ def test_ragged_exchange_is_the_dense_one(mesh, payload):
     call, plan, journey = parallel.plan(chosen, num_local)
     assert call.exchange == exchange
     quantized = quantize(x, (1, 128)) if payload == "fp8" else None
-    tokens = expert_parallel.by_device(
+    tokens = journeys.by_device(
       journey, x, jnp.float32(chosen), quantized, None
     )
     tokens = send(call, tokens, plan)

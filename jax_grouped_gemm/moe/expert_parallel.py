@@ -9,29 +9,30 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from numbers import Integral
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
 from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe import gathered
-from jax_grouped_gemm.moe.exchange import Tokens, send, send_back
+from jax_grouped_gemm.moe.exchange import send, send_back
+from jax_grouped_gemm.moe.journey import (
+  Journey,
+  by_device,
+  combine_devices,
+  copies_of,
+)
 from jax_grouped_gemm.moe.permutation import (
-  Permutation,
   combine,
-  dispatch_quantized,
-  gather_copies,
   sort_by_expert,
 )
 from jax_grouped_gemm.moe.plan import (
   Call,
   Plan,
-  arrange,
   devices_of,
   make_plan,
   rows_of_copies,
@@ -46,20 +47,6 @@ _EXCHANGES = ("ragged", "dense", "gather")
 # Mixtral 8x7B, 128 tokens on each of two H200s, takes 880 us instead of 1120.
 _FEW_TOKENS = 256
 _PAYLOADS = ("fp8", "bf16")
-
-
-class Journey(NamedTuple):
-  """What of a device's tokens travels.
-
-  Attributes:
-    tokens: how they are sorted by the devices that they go to.
-    rows_of_copies: of the sorted tokens, the rows of their copies there.
-    group_sizes: copies of them for each expert of all devices.
-  """
-
-  tokens: Permutation
-  rows_of_copies: Int32[Array, "t*j top_k"]
-  group_sizes: Int32[Array, "e"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,41 +269,6 @@ class ExpertParallel:
 def _quantized(quantize: Quantize | None, x) -> ScaledArray | None:
   """The gradient goes to x itself."""
   return None if quantize is None else quantize(lax.stop_gradient(x))
-
-
-def by_device(
-  journey: Journey,
-  x: Float[Array, "t d"],
-  weights: Float[Array, "t top_k"],
-  quantized: ScaledArray | None,
-  implementation: str | None,
-) -> Tokens:
-  """Returns the tokens sorted by the devices that they go to."""
-  if quantized is not None:
-    quantized = dispatch_quantized(quantized, journey.tokens, implementation)
-  rows, weights = (gather_copies(y, journey.tokens) for y in (x, weights))
-  weights = weights.astype(jnp.float32)
-  return Tokens(rows, quantized, weights, journey.rows_of_copies)
-
-
-def copies_of(
-  call: Call, plan: Plan, tokens: Tokens, implementation: str | None
-) -> tuple[Float[Array, "m d"], ScaledArray | None, Permutation]:
-  """Returns the copies of tokens that arrived, sorted by expert."""
-  local = arrange(call, plan, tokens.rows_of_copies)
-  quantized = tokens.quantized
-  if quantized is not None:
-    quantized = dispatch_quantized(quantized, local, implementation)
-  rows = gather_copies(tokens.rows, local, implementation)
-  return rows, quantized, local
-
-
-def combine_devices(
-  sums: Float[Array, "t*j d"], sorted_tokens: Permutation, dtype: DTypeLike
-) -> Float[Array, "t d"]:
-  """Returns the results of this device's tokens, given what came back."""
-  once = jnp.ones(sorted_tokens.inverse.shape, jnp.float32)
-  return combine(sums, once, sorted_tokens, dtype)
 
 
 def _default_exchange(tokens: int, num_devices: int) -> str:
