@@ -48,46 +48,43 @@ def send(call: Call, tokens: Tokens, plan: Plan) -> Tokens:
   gradient of rows and weights goes back to those; that of the quantised rows is
   ignored.
   """
-  floats = tokens.rows, tokens.weights
-  others = tokens.quantized, tokens.rows_of_copies
-  (rows, weights), (quantized, copies) = _send_tokens(
-    call, floats, others, plan
+  received = _send_tokens(call, lax.stop_gradient(tokens), plan)
+  return received._replace(
+    rows=_sent(call, tokens.rows, received.rows, plan),
+    weights=_sent(call, tokens.weights, received.weights, plan),
   )
-  return Tokens(rows, quantized, weights, copies)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send_tokens(call: Call, floats, others, plan: Plan):
-  (rows, weights), (quantized, rows_of_copies) = floats, others
+def _send_tokens(call: Call, tokens: Tokens, plan: Plan) -> Tokens:
+  rows, quantized, weights, rows_of_copies = tokens
   words = [weights, rows_of_copies]
   if quantized is None:
-    weights, rows_of_copies = _send_words(call, words, plan)
+    words = _send_words(call, words, plan)
     rows = _mask(_send(call, rows, plan), arrived(call, plan))
-    return (rows, weights), (None, rows_of_copies)
+    return Tokens(rows, None, *words)
   # As bytes, which every collective moves.
   values = lax.bitcast_convert_type(quantized.values, jnp.uint8)
   values = lax.bitcast_convert_type(
     _send(call, values, plan), quantized.values.dtype
   )
   words.append(quantized.scales)
-  weights, rows_of_copies, scales = _send_words(call, words, plan)
+  *words, scales = _send_words(call, words, plan)
   padding = 0, quantized.padding[1]  # The rows' is not sent.
   received = ScaledArray(values, scales, quantized.block_shape, padding)
   rows = _mask(received.dequantize(rows.dtype), arrived(call, plan))
-  return (rows, weights), (received, rows_of_copies)
+  return Tokens(rows, received, *words)
 
 
-def _send_tokens_bwd(call: Call, plan, gradients):
-  floats, _ = gradients
-  return tuple(_send_back(call, x, plan) for x in floats), None, None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sent(call: Call, x, received, plan: Plan):
+  """Returns what was received of x, to which its gradient goes back."""
+  del x
+  return received
 
 
-_send_tokens.defvjp(
-  lambda call, floats, others, plan: (
-    _send_tokens(call, floats, others, plan),
-    plan,
-  ),
-  _send_tokens_bwd,
+_sent.defvjp(
+  lambda call, x, received, plan: (received, plan),
+  lambda call, plan, gradient: (_send_back(call, gradient, plan), None, None),
 )
 
 

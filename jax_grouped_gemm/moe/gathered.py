@@ -53,8 +53,7 @@ def run(
   """
   n, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
   dtype, shape = tokens.rows.dtype, (n, *tokens.rows.shape)
-  floats, others = _all_gather(axis_name, tokens[:2], tokens[2:])
-  tokens = Tokens(*vary_alike(*floats, *others))
+  tokens = Tokens(*vary_alike(*_all_gather(axis_name, tokens)))
   local = _sort_local(tokens.experts - me * num_local, num_local)
   quantized = tokens.quantized
   if quantized is not None:
@@ -86,36 +85,43 @@ def _sort_local(experts: Int[Array, "t top_k"], num_local: int) -> Permutation:
   return Permutation(order, inverse, copies.group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _all_gather(axis_name: str, floats, others):
-  """Gathers (rows, weights), and (quantized, experts), as bytes of one array.
+def _all_gather(axis_name: str, tokens: Tokens) -> Tokens:
+  """All devices' tokens. Quantised rows take the place of the rows."""
+  gathered = _gather_tokens(axis_name, lax.stop_gradient(tokens))
+  return gathered._replace(
+    rows=_gathered(axis_name, tokens.rows, gathered.rows),
+    weights=_gathered(axis_name, tokens.weights, gathered.weights),
+  )
 
-  Quantised rows take the place of the rows.
-  """
-  (rows, weights), (quantized, experts) = floats, others
+
+def _gather_tokens(axis_name: str, tokens: Tokens) -> Tokens:
+  rows, weights, quantized, experts = tokens
   arrays = [weights, experts]
   if quantized is None:
     rows, weights, experts = _gather_bytes(axis_name, [rows, *arrays])
-    return (rows, weights), (None, experts)
+    return Tokens(rows, weights, None, experts)
   arrays += [quantized.values[: len(rows)], quantized.scales]
   weights, experts, values, scales = _gather_bytes(axis_name, arrays)
   padding = 0, quantized.padding[1]  # The rows' is not sent.
   gathered = ScaledArray(values, scales, quantized.block_shape, padding)
-  return (gathered.dequantize(rows.dtype), weights), (gathered, experts)
+  return Tokens(gathered.dequantize(rows.dtype), weights, gathered, experts)
 
 
-def _all_gather_bwd(axis_name: str, _, gradients):
-  def add_up(x):
-    wide = x.astype(wide_dtype(x.dtype))
-    sums = lax.psum_scatter(wide, axis_name, scatter_dimension=0, tiled=True)
-    return sums.astype(x.dtype)
-
-  return jax.tree.map(add_up, gradients[0]), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(axis_name: str, x, gathered):
+  """Returns what was gathered of x, to which its gradient goes back."""
+  del x
+  return gathered
 
 
-_all_gather.defvjp(
-  lambda axis_name, *operands: (_all_gather(axis_name, *operands), None),
-  _all_gather_bwd,
+def _gathered_bwd(axis_name: str, _, gradient):
+  wide = gradient.astype(wide_dtype(gradient.dtype))
+  sums = lax.psum_scatter(wide, axis_name, scatter_dimension=0, tiled=True)
+  return sums.astype(gradient.dtype), None
+
+
+_gathered.defvjp(
+  lambda axis_name, x, gathered: (gathered, None), _gathered_bwd
 )
 
 

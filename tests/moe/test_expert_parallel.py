@@ -230,13 +230,31 @@ def test_chunks_share_the_capacity():
   assert ((np.asarray(result.out) != 0).any(axis=1)).sum() <= 20
 
 
+FROZEN = PARAMS._replace(
+  gate_up=quantize(PARAMS.gate_up.mT, (1, 128, 128)),
+  down=quantize(PARAMS.down.mT, (1, 128, 128)),
+)
+
+
 def test_serving():
-  params = PARAMS._replace(
-    gate_up=quantize(PARAMS.gate_up.mT, (1, 128, 128)),
-    down=quantize(PARAMS.down.mT, (1, 128, 128)),
-  )
-  result = jax.jit(sharded((8, 1)))(params, X)
-  close(result.out, jax.jit(layer)(params, X).out)
+  result = jax.jit(sharded((8, 1)))(FROZEN, X)
+  close(result.out, jax.jit(layer)(FROZEN, X).out)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [dict(), dict(payload="bf16", chunks=2), dict(exchange="gather")],
+  ids=["as it comes", "chunks", "gather"],
+)
+def test_router_of_experts_that_have_no_gradient(options):
+  def gradient(run):
+    def loss(router):
+      return jnp.sum(run(FROZEN._replace(router=router), X).out * DOUT)
+
+    return jax.jit(jax.grad(loss))(FROZEN.router)
+
+  got = gradient(sharded((4, 2), **options))
+  close(got, gradient(layer))
 
 
 def test_nan_stays_with_its_token():
