@@ -14,6 +14,7 @@ from jax_grouped_gemm.config import (
   SmallGroupsConfig,
 )
 from jax_grouped_gemm.scaled_array import ScaledArray, scales_shape
+from jax_grouped_gemm.undifferentiable import undifferentiable
 
 _VALUE_DTYPES = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 _INPUT_DTYPES = tuple(
@@ -30,6 +31,11 @@ def check_quantize(x, dtype: DTypeLike, implementation: str | None):
   check_input_dtype("x", x.dtype)
   check_value_dtype("dtype", dtype)
   implementations.check(implementation)
+  x = undifferentiable(
+    "quantisation has no gradient; ragged_dot has one, and quantises for "
+    "itself. Where none is wanted: quantise jax.lax.stop_gradient(x)",
+    x,
+  )
   return x, dtype
 
 

@@ -1,7 +1,7 @@
 """Quantisation together with what comes before it; an activation's gradient.
 
-Checks the call, then picks what computes it. Nothing here is differentiable;
-moe.grouped_mlp is.
+Checks the call, then picks what computes it. Quantisation has no gradient;
+moe.grouped_mlp has one.
 """
 
 import functools

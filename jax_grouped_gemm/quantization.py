@@ -1,13 +1,11 @@
-"""Quantisation: checks the call, then picks what computes it.
-
-Nothing here is differentiable; ragged_dot is.
-"""
+"""Quantisation: checks the call, then picks what computes it."""
 
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -23,6 +21,7 @@ from jax_grouped_gemm.quantized_weights import (
   name_quantized_weights,
 )
 from jax_grouped_gemm.scaled_array import ScaledArray
+from jax_grouped_gemm.undifferentiable import made_beside
 
 _WEIGHTS_DTYPE = jnp.float8_e4m3fn
 
@@ -40,7 +39,7 @@ def quantize(
   A scale is max(|x| of the block, 1e-4) / the largest value of `dtype`, rounded
   up to a power of two if `power_of_two_scales`. Values are rounded to the
   nearest, ties to even. NaN and Inf stay where they are, Inf as NaN if `dtype`
-  has none, and do not enter the scale.
+  has none, and do not enter the scale. No gradient: ragged_dot has one.
 
   Args:
     x: float32, bfloat16, float16 or float64.
@@ -143,13 +142,19 @@ def quantize_weights(
 ) -> QuantizedWeights:
   """w (g, k, n) -> (g, n, k) and (g, k, n), as quantize in blocks of 128x128.
 
+  Copies to stand beside w, to which ragged_dot's gradient goes: in a function
+  that is differentiated, they count as constants.
+
   Args:
     w: as in quantize.
     power_of_two_scales: as in quantize.
     implementation: as in m_grouped_gemm. The kernel reads bfloat16 weights
       once, k and n multiples of 16.
   """
-  w, _ = checks.check_quantize(w, _WEIGHTS_DTYPE, implementation)
+  floats = jnp.asarray(w)
+  w, _ = checks.check_quantize(
+    lax.stop_gradient(floats), _WEIGHTS_DTYPE, implementation
+  )
   if w.ndim != 3:
     raise ValueError(f"w must be (g, k, n), got shape {w.shape}")
   implementation = implementations.choose(
@@ -170,8 +175,9 @@ def quantize_weights(
       power_of_two_scales=power_of_two_scales,
       interpret=implementation == "interpret",
     )
+  weights = made_beside(floats, weights)
   # Only in a trace does jax.checkpoint see a name, and does it cost nothing.
-  is_traced = isinstance(w, jax.core.Tracer)
+  is_traced = isinstance(floats, jax.core.Tracer)
   return name_quantized_weights(weights) if is_traced else weights
 
 

@@ -1,7 +1,4 @@
-"""Quantisation along tokens: checks the call, then picks what computes it.
-
-Nothing here is differentiable; ragged_dot is.
-"""
+"""Quantisation along tokens: checks the call, then picks what computes it."""
 
 import functools
 
@@ -39,7 +36,8 @@ def quantize_for_k_grouped(
 
   Each group's tokens are padded with zeros to a multiple of 128. t_padded is
   the most that can be needed, whatever the sizes. Scales, (f, t_padded / 128),
-  are as quantize makes them. Rows of x of no group are left out.
+  are as quantize makes them. Rows of x of no group are left out. No gradient:
+  ragged_dot has one.
 
   Args:
     x: the tokens, sorted by group.

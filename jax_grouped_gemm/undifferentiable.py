@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -15,6 +16,27 @@ def undifferentiable(why: str, tree):
 @undifferentiable.defjvp
 def _refuse_tangents(why: str, primals, tangents):
   raise NotImplementedError(why)
+
+
+@jax.custom_jvp
+def made_beside(x, copies):
+  """Returns copies that were made of stop_gradient(x): their derivative is 0.
+
+  Not one that JAX knows to be 0: what is undifferentiable refuses copies of
+  what is differentiated.
+  """
+  del x
+  return copies
+
+
+@made_beside.defjvp
+def _zero_tangents(primals, tangents):
+  _, copies = primals
+  dx, _ = tangents
+  zero = 0 * jnp.sum(dx[:1].ravel()[:1])
+  return copies, jax.tree.map(
+    lambda x: jnp.broadcast_to(zero.astype(x.dtype), x.shape), copies
+  )
 
 
 def gemm_operands(name: str, *trees):

@@ -30,6 +30,7 @@ from jax_grouped_gemm import (
   quantize_for_k_grouped,
   ragged_dot,
 )
+from jax_grouped_gemm.fused_quantization import quantize_activation
 from jax_grouped_gemm.moe import MoeParams, moe_layer
 
 M, K, N, G = 12, 32, 48, 4
@@ -311,7 +312,7 @@ def test_checkpoint_of_quantised_weights():
   )
 
   def dot(lhs, rhs):
-    copies = jax_grouped_gemm.quantize_weights(jax.lax.stop_gradient(rhs))
+    copies = jax_grouped_gemm.quantize_weights(rhs)
     return ragged_dot(lhs, rhs, SIZES[0], quantized_rhs=copies)
 
   gradient = lambda dot: jax.vjp(dot, lhs, rhs)[1](integers(M, N))
@@ -346,24 +347,84 @@ def test_scan_over_weights(recipe):
   equal(results, expected)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_copies_of_weights_are_constants(implementation):
+  """Also where a loop takes a gradient of zero through them."""
+  lhs, rhs, sizes = at(FUNCTIONS["ragged_dot"][1], 0)
+  lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
+  quantize_weights = functools.partial(
+    jax_grouped_gemm.quantize_weights, implementation=implementation
+  )
+
+  def loss(rhs, copies=None):
+    if copies is None:
+      copies = quantize_weights(rhs)
+
+    def step(total, lhs):
+      out = ragged_dot(lhs, rhs, sizes, quantized_rhs=copies)
+      return total + jnp.sum(out, dtype=jnp.float32), None
+
+    return jax.lax.scan(step, 0.0, jnp.stack([lhs, -3 * lhs]))[0]
+
+  got = jax.jit(jax.grad(loss))(rhs)
+  expected = jax.jit(jax.grad(loss))(rhs, quantize_weights(rhs))
+  assert jnp.any(got != 0)
+  equal(got, expected)
+
+  def product(rhs):
+    rows = quantize(lhs, (1, 128))
+    return jnp.sum(m_grouped_gemm(rows, quantize_weights(rhs).forward, sizes))
+
+  with pytest.raises(NotImplementedError, match="^m_grouped_gemm has no gradi"):
+    jax.grad(product)(rhs)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@pytest.mark.parametrize(
+  "fn",
+  [
+    lambda x, **kwargs: quantize(x, (1, 128), **kwargs),
+    lambda x, **kwargs: quantize_for_k_grouped(x, SIZES[0], **kwargs),
+    lambda x, **kwargs: quantize_activation(x, "swiglu", **kwargs),
+  ],
+  ids=["rows", "tokens", "activation"],
+)
+def test_quantisation_refuses_gradients(fn, implementation):
+  x = integers(M, K).astype(jnp.bfloat16)
+
+  def loss(x):
+    return jnp.sum(fn(x, implementation=implementation).dequantize())
+
+  with pytest.raises(NotImplementedError, match="^quantisation has no gradie"):
+    jax.grad(loss)(x)
+
+
 @pytest.mark.parametrize("argument", [0, 1])
 @pytest.mark.parametrize(
-  "name", ["m_grouped_gemm", "m_grouped_gemm_masked", "k_grouped_gemm"]
+  "gemm", [m_grouped_gemm, m_grouped_gemm_masked, k_grouped_gemm]
 )
-def test_gemms_of_quantised_operands_refuse_gradients(name, argument):
-  """The derivative of rounding is zero, and XLA's that of the scales."""
-  fn, args = FUNCTIONS[name]
-  args = at(args, 0)
+def test_gemms_of_quantised_operands_refuse_gradients(gemm, argument):
+  """XLA's would be that of the scales, and the kernels have none."""
+  lhs, rhs, sizes = at(FUNCTIONS["m_grouped_gemm"][1], 0)
+  operands = [quantize_tokens(lhs), quantize_weights(rhs)]
+  if gemm is m_grouped_gemm_masked:
+    operands[0] = quantize(jnp.stack([lhs] * G), (1, 1, 128))
+  elif gemm is k_grouped_gemm:
+    operands = [quantize_for_k_grouped(lhs, sizes)] * 2
 
-  def loss(x, stop=False):
-    operand = jax.lax.stop_gradient(x) if stop else x
-    out = fn(*args[:argument], operand, *args[argument + 1 :])
-    return jnp.sum(out, dtype=jnp.float32) + jnp.sum(x)
+  def loss(scales, stop=False):
+    scaled = operands[argument]
+    scales = jax.lax.stop_gradient(scales) if stop else scales
+    scaled = scaled.__class__(
+      scaled.values, scales, scaled.block_shape, scaled.padding
+    )
+    both = [*operands[:argument], scaled, *operands[argument + 1 :]]
+    return jnp.sum(gemm(*both, sizes)) + jnp.sum(scales)
 
-  x = args[argument]
-  with pytest.raises(NotImplementedError, match=f"^{name} has no gradient"):
-    jax.jit(jax.grad(loss))(x)
-  equal(jax.jit(jax.grad(loss), static_argnums=1)(x, True), jnp.ones_like(x))
+  scales = operands[argument].scales
+  with pytest.raises(NotImplementedError, match="^[mk]_.* has no gradient"):
+    jax.jit(jax.grad(loss))(scales)
+  jax.jit(jax.grad(loss), static_argnums=1)(scales, True)
 
 
 def test_scan_over_scaled_arrays():

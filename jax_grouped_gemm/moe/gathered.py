@@ -120,9 +120,7 @@ def _gathered_bwd(axis_name: str, _, gradient):
   return sums.astype(gradient.dtype), None
 
 
-_gathered.defvjp(
-  lambda axis_name, x, gathered: (gathered, None), _gathered_bwd
-)
+_gathered.defvjp(lambda axis_name, x, gathered: (gathered, None), _gathered_bwd)
 
 
 def _gather_bytes(axis_name: str, arrays):
