@@ -88,6 +88,6 @@ def differentiable_once(x):
   """Returns x; NotImplementedError where a gradient is differentiated."""
   return undifferentiable(
     "with FP8 products there are first-order gradients only; Recipe.bf16() has "
-    "higher ones",
+    'higher ones, with implementation="xla"',
     x,
   )

@@ -58,6 +58,14 @@ def run(lhs, rhs, sizes, offset=None, *, recipe=ALL_BF16, implementation=None):
 interpreted = functools.partial(run, implementation="interpret")
 
 
+@pytest.mark.parametrize("argument", [0, 1])
+def test_second_order_gradients_are_refused(argument):
+  first = lambda *args: interpreted(*args, jnp.array(SIZES))[1 + argument]
+  loss = lambda *args: jnp.sum(first(*args), dtype=jnp.float32)
+  with pytest.raises(NotImplementedError, match="first-order gradients only"):
+    jax.eval_shape(jax.grad(loss, argument), *operands())
+
+
 def expected(lhs, rhs, sizes, offset=None):
   """In float64."""
   dtype = lhs.dtype

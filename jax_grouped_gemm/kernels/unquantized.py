@@ -24,6 +24,7 @@ from jax_grouped_gemm.kernels import (
   tuning,
 )
 from jax_grouped_gemm.manual_axes import vary_alike
+from jax_grouped_gemm.undifferentiable import undifferentiable
 
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 _KERNEL_OUT_DTYPES = (*_KERNEL_DTYPES, jnp.float32)
@@ -215,6 +216,11 @@ def _k_grouped(lhs, rhs, starts, ends, dtype, *, implementation):
   ),
 )
 def _run_kernel(kernel, operands, *indices, interpret: bool, **static):
+  operands = undifferentiable(
+    "where kernels multiply there are first-order gradients only; "
+    'implementation="xla" has higher ones',
+    operands,
+  )
   lhs, rhs = (_stored(x) for x in operands)
   out = kernel(
     lhs if interpret else implementations.cuda_only(lhs),
