@@ -109,11 +109,12 @@ def _measure(setting: _Setting, impl_name: str, iterations: int) -> dict:
     gathers = impl.options.get("exchange") == "gather"  # Without a capacity.
     if problem.set != "decode" and not gathers:
       capacity = traffic.capacity
+    tokens = traffic.exchanged
+    if gathers:
+      tokens = problem.tokens * (problem.devices - 1)
     row = {
       "busiest_rows": traffic.busiest,
-      "exchanged_bytes": stages.exchanged_bytes(
-        problem, impl, traffic.exchanged
-      ),
+      "exchanged_bytes": stages.exchanged_bytes(problem, impl, tokens),
     }
   if impl.serves_fp8 and not problem.has_backward:
     params = setting.quantized

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from jax_grouped_gemm import checks
@@ -153,8 +154,9 @@ def moe_layer(
     )
 
   num_experts = params.router.shape[1]
+  shape = np.shape(params.gate_up)  # Of a list, or a ScaledArray, too.
   # What else is wrong with the weights says grouped_mlp.
-  num_local, *_ = *getattr(params.gate_up, "shape", ()), num_experts
+  num_local = shape[0] if shape else num_experts
   if parallel is None:
     if num_experts != num_local:
       raise ValueError(
