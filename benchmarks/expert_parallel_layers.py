@@ -69,7 +69,7 @@ IMPLS = {
     compiler_options={"xla_gpu_enable_latency_hiding_scheduler": True},
   ),
   # For few tokens.
-  "ours_dense": Impl(Recipe(), {"payload": "fp8", "exchange": "dense"}),
+  "ours_ragged": Impl(Recipe(), {"payload": "fp8", "exchange": "ragged"}),
   "ours_gather": Impl(Recipe(), {"payload": "fp8", "exchange": "gather"}),
   # "xla" is jax.lax.ragged_dot on GPUs.
   "lax_ragged_dot": Impl(Recipe.bf16(), {}, "xla", max_row_error=2**-6),
