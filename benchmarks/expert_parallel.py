@@ -19,6 +19,7 @@ from benchmarks.expert_parallel_layers import (
   IMPLS,
   Problem,
   expected,
+  expert_parallel,
   function,
   make_mesh,
   make_operands,
@@ -32,6 +33,7 @@ DEVICES = (1, 2, 4, 8)
 _MODELS = ("deepseek-v3", "qwen3-235b-a22b", "mixtral-8x7b")
 _ROUTINGS = ("uniform", "zipf")
 _CHECKED_TOKENS = 16
+_WITH_STAGES = "ours", "ours_bf16_payload", "ours_dense"  # If not gathered.
 # It multiplies all rows by all groups: seconds a call.
 _DENSE_ITERATIONS = 3
 
@@ -103,15 +105,18 @@ def _measure(setting: _Setting, impl_name: str, iterations: int) -> dict:
   """Returns what a row says of one implementation."""
   problem, impl, mesh = setting.problem, IMPLS[impl_name], setting.mesh
   x, dout, params = setting.x, setting.dout, setting.params
-  row, capacity = {}, None
+  row, capacity, has_stages = {}, None, False
   if problem.devices > 1:
     traffic = stages.traffic(problem, impl, setting.receivers)
-    gathers = impl.options.get("exchange") == "gather"  # Without a capacity.
-    if problem.set != "decode" and not gathers:
-      capacity = traffic.capacity
     tokens = traffic.exchanged
-    if gathers:
+    if problem.set != "decode" and impl.options.get("exchange") != "gather":
+      capacity = traffic.capacity
+    parallel = expert_parallel(impl, capacity)
+    exchange = parallel.choose_exchange(problem.tokens, problem.devices)
+    if exchange == "gather":
       tokens = problem.tokens * (problem.devices - 1)
+    else:
+      has_stages = not problem.has_backward and impl_name in _WITH_STAGES
     row = {
       "busiest_rows": traffic.busiest,
       "exchanged_bytes": stages.exchanged_bytes(problem, impl, tokens),
@@ -137,8 +142,7 @@ def _measure(setting: _Setting, impl_name: str, iterations: int) -> dict:
     + memory.argument_size_in_bytes
     + memory.output_size_in_bytes,
   }
-  has_stages = impl_name in ("ours", "ours_bf16_payload")
-  if has_stages and problem.devices > 1 and not problem.has_backward:
+  if has_stages:
     row["stages"] = stages.stages(
       problem, impl, mesh, capacity, x, params, iterations
     )
@@ -219,7 +223,7 @@ def _run(args) -> int:
       key = problem.weak, of_lax
       if count == 1:
         alone_us[key] = row["us"]
-      if impl == "ours" and "stages" in row:
+      if gemms_us is None and "stages" in row:
         gemms_us = sum(row["stages"][name] for name in stages.GEMMS)
       row |= _compare(
         row,

@@ -68,8 +68,8 @@ IMPLS = {
     {"payload": "fp8", "chunks": 2},
     compiler_options={"xla_gpu_enable_latency_hiding_scheduler": True},
   ),
-  # For few tokens.
-  "ours_ragged": Impl(Recipe(), {"payload": "fp8", "exchange": "ragged"}),
+  # "ours" gathers few tokens, in the set "decode", and no others.
+  "ours_dense": Impl(Recipe(), {"payload": "fp8", "exchange": "dense"}),
   "ours_gather": Impl(Recipe(), {"payload": "fp8", "exchange": "gather"}),
   # "xla" is jax.lax.ragged_dot on GPUs.
   "lax_ragged_dot": Impl(Recipe.bf16(), {}, "xla", max_row_error=2**-6),
@@ -181,11 +181,16 @@ def quantized(mesh: Mesh, params: moe.MoeParams) -> moe.MoeParams:
 # ---------------------------------------------------------------- layers
 
 
+def expert_parallel(impl: Impl, capacity: int | None) -> moe.ExpertParallel:
+  """Returns how an implementation spreads experts."""
+  return moe.ExpertParallel(AXIS, capacity=capacity, **impl.options)
+
+
 def function(problem: Problem, impl: Impl, mesh: Mesh, capacity: int | None):
   """Returns fn(x, dout, params) -> (dropped, result, gradients if asked)."""
   parallel = None
   if problem.devices > 1:
-    parallel = moe.ExpertParallel(AXIS, capacity=capacity, **impl.options)
+    parallel = expert_parallel(impl, capacity)
 
   def local(x, params):
     result = moe.moe_layer(

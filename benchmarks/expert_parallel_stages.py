@@ -20,6 +20,7 @@ from benchmarks.expert_parallel_layers import (
   SPLIT,
   Impl,
   Problem,
+  expert_parallel,
   on_devices,
   route,
 )
@@ -136,7 +137,7 @@ def stages(problem, impl: Impl, mesh: Mesh, capacity, x, params, iterations):
   """Returns {stage: us} of the forward pass, each stage timed on its own."""
   e, top_k, *_ = problem.sizes
   is_fp8 = impl.options["payload"] == "fp8"
-  parallel = moe.ExpertParallel(AXIS, capacity=capacity, **impl.options)
+  parallel = expert_parallel(impl, capacity)
   times = {}
 
   def timed(name, fn, *args):

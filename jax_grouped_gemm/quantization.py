@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Sequence
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +53,19 @@ def quantize(
       along k.
   """
   x, dtype = checks.check_quantize(x, dtype, implementation)
+  if not isinstance(block_shape, Sequence) or not all(
+    isinstance(block, Integral) for block in block_shape
+  ):
+    raise TypeError(f"block_shape must be a tuple of ints, got {block_shape!r}")
   block_shape = tuple(block_shape)
-  if len(block_shape) != x.ndim or any(block < 1 for block in block_shape):
+  if (
+    not block_shape
+    or len(block_shape) != x.ndim
+    or any(block < 1 for block in block_shape)
+  ):
     raise ValueError(
-      f"block_shape must have a positive entry for each axis of x {x.shape}, "
-      f"got {block_shape}"
+      "x must have axes, and block_shape a positive entry for each, got x "
+      f"{x.shape} and block_shape {block_shape}"
     )
   implementation = implementations.choose(
     implementation, checks.unsupported_by_quantize(x, block_shape)

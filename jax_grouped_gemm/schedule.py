@@ -107,10 +107,7 @@ def make_tiles(
   index = jnp.arange(
     max(1, max_tiles(m, starts.shape[0], tile_m)), dtype=jnp.int32
   )
-  group = jnp.searchsorted(
-    tile_ends, index, side="right", method="compare_all"
-  ).astype(jnp.int32)
-  group = jnp.minimum(group, first.shape[0] - 1)
+  group = jnp.minimum(range_of(tile_ends, index), first.shape[0] - 1)
   row = first[group] + (index - (tile_ends - tiles)[group]) * tile_m
   size = jnp.minimum(last[group] - row, tile_m)
   is_group = (group > 0) & (group <= starts.shape[0])
@@ -120,6 +117,17 @@ def make_tiles(
     size=size,
     count=tile_ends[-1:].astype(jnp.int32),
   )
+
+
+def range_of(
+  ends: Int32[Array, "g"], index: Int32[Array, "n"]
+) -> Int32[Array, "n"]:
+  """Returns in which of the ranges that end there each index is; g if in none.
+
+  jnp.searchsorted fails in a jax.shard_map over some of the mesh's axes (jax
+  0.11.2).
+  """
+  return jnp.sum(ends[None] <= index[:, None], axis=1, dtype=jnp.int32)
 
 
 def _ceil_div(a: jax.Array, b: int) -> jax.Array:
@@ -159,10 +167,7 @@ def token_blocks(
   num_blocks = max_token_blocks(num_tokens, groups)
   block_starts, block_ends = token_block_bounds(ends - starts, num_blocks)
   block = jnp.arange(num_blocks, dtype=jnp.int32)
-  group = jnp.searchsorted(
-    block_ends, block, side="right", method="compare_all"
-  )
   # The last blocks may be nobody's: past all tokens of the last group.
-  group = jnp.minimum(group, groups - 1)
+  group = jnp.minimum(range_of(block_ends, block), groups - 1)
   first = starts[group] + (block - block_starts[group]) * TOKEN_BLOCK
   return first, jnp.clip(ends[group] - first, 0, TOKEN_BLOCK)

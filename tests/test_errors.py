@@ -109,7 +109,15 @@ CASES = [
   # Quantisation.
   (quantize, {"x": ONES((4, 4), int)}, TypeError, "x must be.*got int32"),
   (quantize, {"dtype": jnp.float16}, TypeError, "e4m3fn.*got float16"),
-  (quantize, {"block_shape": (128,)}, ValueError, r"\(4, 4\), got \(128,\)"),
+  (
+    quantize,
+    {"block_shape": (128,)},
+    ValueError,
+    r"\(4, 4\) and block_shape \(128,\)",
+  ),
+  (quantize, {"block_shape": (1, 2.0)}, TypeError, r"ints, got \(1, 2.0\)"),
+  (quantize, {"block_shape": 128}, TypeError, "tuple of ints, got 128"),
+  (quantize, {"x": 1.0, "block_shape": ()}, ValueError, r"axes.*x \(\)"),
   (quantize, {"block_shape": (1, 0)}, ValueError, r"positive.*\(1, 0\)"),
   (quantize, {"implementation": "cuda"}, ValueError, "one of.*got 'cuda'"),
   (

@@ -201,8 +201,9 @@ def test_64_bit_mode(fn, args):
   equal(got, expected)
 
 
+@pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("recipe", [Recipe(), RECIPES["bf16"]], ids=RECIPES)
-def test_strict_promotion(recipe):
+def test_strict_promotion(recipe, x64):
   """Nothing relies on JAX's promotion of dtypes or ranks."""
   args = [
     jax.tree.map(lambda x: x.astype(jnp.bfloat16), operands)
@@ -212,6 +213,7 @@ def test_strict_promotion(recipe):
     )
   ]
   biases = integers(G), integers(G), integers(G, 2 * N), integers(G, K)
+  args_of_masked = integers(G, M, K), integers(G, N, K), SIZES[0]
 
   def run(params, x):
     params = MoeParams(*params, *biases)
@@ -221,10 +223,12 @@ def test_strict_promotion(recipe):
 
   expected = run(*args)
   with (
+    jax.enable_x64(x64),
     jax.numpy_dtype_promotion("strict"),
     jax.numpy_rank_promotion("raise"),
   ):
     got = run(*args)
+    masked(*args_of_masked)
   equal(got, expected)
 
 
@@ -377,6 +381,19 @@ def test_copies_of_weights_are_constants(implementation):
 
   with pytest.raises(NotImplementedError, match="^m_grouped_gemm has no gradi"):
     jax.grad(product)(rhs)
+
+
+def test_gradient_of_constants_is_zero():
+  """Also of such as are not finite, in whatever dtype they are added up."""
+  w = integers(G, K, N)
+  large = jnp.full((G, 1, 1), 1e30).at[1].set(jnp.nan)
+
+  def loss(w):
+    copies = jax_grouped_gemm.quantize_weights(w).dgrad.dequantize()
+    return jnp.sum(copies * large)
+
+  for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+    equal(jax.grad(loss)(w.astype(dtype)), jnp.zeros_like(w, dtype))
 
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])

@@ -113,7 +113,7 @@ def _make_tiles(starts, ends, m: int):
   mean = -(-m // starts.shape[0])
   tile_m = min(max(1 << (mean - 1).bit_length(), _MIN_TILE), _MAX_TILE)
   tiles = schedule.make_tiles(starts, ends, m, tile_m)
-  is_tile = jnp.arange(tiles.row.shape[0]) < tiles.count
+  is_tile = jnp.arange(tiles.row.shape[0], dtype=jnp.int32) < tiles.count
   return tiles._replace(
     group=jnp.where(is_tile, tiles.group, -1),
     row=jnp.where(is_tile, tiles.row, m),
@@ -208,7 +208,7 @@ def k_grouped_matmul(
 
   def add_tile(out, tile):
     group, row, size = tile
-    inside = jnp.arange(tile_t)[:, None] < size
+    inside = jnp.arange(tile_t, dtype=jnp.int32)[:, None] < size
 
     def multiply():
       return _dot(
@@ -268,7 +268,7 @@ def m_grouped_gemm_masked(
   def compute_group(group):
     *operands, size = group
     out = lax.cond(size > 0, multiply, zeros, *operands)
-    in_use = jnp.arange(shape[0])[:, None] < size
+    in_use = jnp.arange(shape[0], dtype=jnp.int32)[:, None] < size
     return jnp.where(in_use, out, 0) if zero_padding else out
 
   return lax.map(compute_group, (lhs, rhs, group_sizes))

@@ -252,7 +252,8 @@ def _stored(x: Array) -> Array:
 
 
 def _keep_first(x, count):
-  return jnp.where(jnp.arange(x.shape[0])[:, None] < count, x, 0)
+  row = jnp.arange(x.shape[0], dtype=jnp.int32)
+  return jnp.where(row[:, None] < count, x, 0)
 
 
 def _vmappable(fn):

@@ -126,8 +126,13 @@ def load_block_scaled(
           f"{name} has {value.shape[0]} rows, no multiple of {SCALE_BLOCK}: "
           f"its last scale would cover rows of {group[-1]}"
         )
+    widths = {value.shape[1] for value, _ in parts}
+    if len(widths) != 1:
+      raise ValueError(f"{', '.join(group)} must have one k, got {widths}")
     values.append(np.concatenate([value for value, _ in parts]))
     scales.append(np.concatenate([scale for _, scale in parts]))
+  if not values:
+    raise ValueError("names must hold one group at least, got none")
   shapes = {value.shape for value in values}
   if len(shapes) != 1:
     raise ValueError(f"all groups must have one shape, got {sorted(shapes)}")

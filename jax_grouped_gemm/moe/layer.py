@@ -113,6 +113,8 @@ def moe_layer(
     implementation: as in ragged_dot.
   """
   x = jnp.asarray(x)
+  if not isinstance(params, tuple):
+    raise TypeError(f"params must be MoeParams, got {type(params).__name__}")
   params = MoeParams(*params)
   check_no_copies(gate_up=params.gate_up, down=params.down)
   if x.ndim == 0:
@@ -123,8 +125,11 @@ def moe_layer(
     )
   tokens, d = x.shape[:-1], x.shape[-1]
   rows = x.reshape(-1, d)
+  if parallel is not None:
+    parallel.check_axes()
+  logits = _logits(rows, params)
   routing = route_top_k(
-    _logits(rows, params),
+    logits,
     top_k,
     score=score,
     normalize=normalize,
@@ -153,7 +158,7 @@ def moe_layer(
       implementation=implementation,
     )
 
-  num_experts = params.router.shape[1]
+  num_experts = logits.shape[1]
   shape = np.shape(params.gate_up)  # Of a list, or a ScaledArray, too.
   # What else is wrong with the weights says grouped_mlp.
   num_local = shape[0] if shape else num_experts
@@ -193,6 +198,8 @@ def _losses(routing: Routing):
 
 
 def _logits(x: Float[Array, "t d"], params: MoeParams) -> Float32[Array, "t e"]:
+  if isinstance(params.router, ScaledArray):
+    raise TypeError("router must be floats, got a ScaledArray")
   router = jnp.asarray(params.router)
   if router.ndim != 2 or router.shape[0] != x.shape[1]:
     raise ValueError(

@@ -129,7 +129,8 @@ def _gather_copies(implementation, x, order, inverse):
 
 
 def _gather_copies_fwd(implementation, x, order, inverse):
-  return _gather_copies(implementation, x, order, inverse), inverse
+  # Its body, for gradients to have forward-mode derivatives.
+  return _gather_copies.__wrapped__(implementation, x, order, inverse), inverse
 
 
 def _gather_copies_bwd(implementation, inverse, drows):
@@ -209,7 +210,8 @@ def _weighted_sum(rows, weights, order, inverse) -> Float32[Array, "t d"]:
 
 
 def _weighted_sum_fwd(rows, weights, order, inverse):
-  out = _weighted_sum(rows, weights, order, inverse)
+  # Its body, for gradients to have forward-mode derivatives.
+  out = _weighted_sum.__wrapped__(rows, weights, order, inverse)
   return out, (rows, weights, order, inverse)
 
 

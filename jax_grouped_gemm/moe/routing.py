@@ -1,5 +1,6 @@
 """Which experts a token goes to, and with what weights."""
 
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -118,6 +119,7 @@ def update_expert_bias(
     group_sizes: token copies that each expert got, on all devices.
     rate: DeepSeek-V3 has 1e-3.
   """
+  expert_bias, group_sizes = jnp.asarray(expert_bias), jnp.asarray(group_sizes)
   if expert_bias.dtype not in (jnp.float32, jnp.float64):
     raise TypeError(
       f"expert_bias must be float32 or float64, got {expert_bias.dtype}"
@@ -176,7 +178,7 @@ def _only_best_groups(choice: Float32[Array, "t e"], groups: int, keep: int):
   best = _best(grouped, min(_BEST_OF_GROUP, e // groups))
   best = jnp.take_along_axis(grouped, best, axis=-1).sum(axis=-1)
   kept = _best(best, keep)
-  is_kept = kept[:, :, None] == jnp.arange(groups)[None, None]
+  is_kept = kept[:, :, None] == jnp.arange(groups, dtype=jnp.int32)[None, None]
   is_kept = jnp.any(is_kept, axis=1)
   return jnp.where(is_kept[:, :, None], grouped, -jnp.inf).reshape(t, e)
 
@@ -202,12 +204,13 @@ def _take(scores, experts):
 
 
 def _take_fwd(scores, experts):
-  return _take(scores, experts), (experts, scores.shape[1])
+  # Its body, for gradients to have forward-mode derivatives.
+  return _take.__wrapped__(scores, experts), (experts, scores.shape[1])
 
 
 def _take_bwd(residuals, dweights):
   experts, e = residuals
-  is_chosen = experts[:, :, None] == jnp.arange(e)[None, None]
+  is_chosen = experts[:, :, None] == jnp.arange(e, dtype=jnp.int32)[None, None]
   return jnp.where(is_chosen, dweights[:, :, None], 0).sum(axis=1), None
 
 
@@ -223,6 +226,10 @@ def _check(logits, top_k, score, expert_bias):
       f"{logits.shape}"
     )
   e = logits.shape[1]
+  if not isinstance(top_k, Integral):
+    raise TypeError(
+      f"top_k must be an int that jax does not trace, got {top_k}"
+    )
   if not 1 <= top_k <= e:
     raise ValueError(f"top_k must be from 1 to the {e} experts, got {top_k}")
   if score not in _SCORES:

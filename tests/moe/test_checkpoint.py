@@ -214,6 +214,20 @@ def test_bad_checkpoints(changes, error, message):
     moe.load_block_scaled(tensors, ["a", "b"])
 
 
+def test_gate_and_up_of_one_k():
+  tensors = expert_tensors(f=128)
+  weight, scale = block_scaled(128, 2 * D)
+  name = f"{PREFIX}.0.up_proj"
+  tensors |= {f"{name}.weight": weight, f"{name}.weight_scale_inv": scale}
+  with pytest.raises(ValueError, match=f"gate_proj, {name} must have one k"):
+    moe.load_experts(tensors, PREFIX, range(E))
+
+
+def test_no_experts():
+  with pytest.raises(ValueError, match="one group at least, got none"):
+    moe.load_experts({}, PREFIX, [])
+
+
 def test_gate_and_up_need_whole_scale_blocks():
   tensors = expert_tensors(f=96)
   with pytest.raises(NotImplementedError, match="has 96 rows"):

@@ -69,8 +69,10 @@ def layer(params, x, recipe=BF16, **kwargs):
   return moe.moe_layer(x, params, K, recipe=recipe, **kwargs)
 
 
-def sharded(shape, recipe=BF16, params=SPECS, **options):
-  parallel = moe.ExpertParallel("expert", ("data",), **options)
+def sharded(shape, recipe=BF16, params=SPECS, exchange="dense", **options):
+  parallel = moe.ExpertParallel(
+    "expert", ("data",), exchange=exchange, **options
+  )
   return jax.shard_map(
     functools.partial(layer, recipe=recipe, parallel=parallel),
     mesh=mesh(shape),
@@ -244,7 +246,7 @@ def test_serving():
 @pytest.mark.parametrize(
   "options",
   [dict(), dict(payload="bf16", chunks=2), dict(exchange="gather")],
-  ids=["as it comes", "chunks", "gather"],
+  ids=["dense", "chunks", "gather"],
 )
 def test_router_of_experts_that_have_no_gradient(options):
   def gradient(run):
@@ -282,6 +284,20 @@ def test_explicit_mesh():
     )
     out = jax.jit(run)(params, x).out
   close(np.asarray(out), jax.jit(layer)(PARAMS, X).out)
+
+
+@pytest.mark.parametrize("exchange", ["dense", "gather"])
+def test_mesh_of_which_one_axis_is_manual(exchange):
+  parallel = moe.ExpertParallel("expert", exchange=exchange)
+  run = jax.shard_map(
+    functools.partial(layer, parallel=parallel),
+    mesh=mesh((4, 2)),
+    in_specs=(SPECS, P("expert")),
+    out_specs=OUT_SPECS._replace(out=P("expert")),
+    axis_names={"expert"},
+  )
+  got = value_and_gradients(run)(PARAMS, X)
+  jax.tree.map(close, got, on_one_device(PARAMS, X))
 
 
 # ---------------------------------------------------------------- gathered
@@ -481,7 +497,8 @@ def test_ragged_exchange_is_the_dense_one(recipe, pieces, monkeypatch):
     ("gpu", 2, 4, 4096, "ragged"),  # The axis is within a process.
     ("gpu", 2, 2, 4096, "dense"),
     ("gpu", 4, 1, 4096, "dense"),
-    ("gpu", 1, 4, 64, "dense"),  # So few are exchanged faster.
+    ("gpu", 1, 4, 64, "gather"),  # So few are exchanged faster.
+    ("cpu", 1, 4, 64, "gather"),
     ("gpu", 1, 4, 65, "ragged"),
   ],
 )
@@ -492,8 +509,13 @@ def test_exchange_that_xla_has(
   monkeypatch.setattr(implementation, "default_device", lambda: device)
   monkeypatch.setattr(jax, "process_count", lambda: processes)
   monkeypatch.setattr(jax, "local_device_count", lambda: local)
-  call = moe.ExpertParallel("expert").call(tokens, K, E // 4, num_devices=4)
-  assert call.exchange == expected
+  parallel = moe.ExpertParallel("expert")
+  assert parallel.choose_exchange(tokens, num_devices=4) == expected
+  if expected != "gather":
+    assert parallel.call(tokens, K, E // 4, 4).exchange == expected
+  for options in (dict(capacity=64), dict(chunks=2), dict(exchange="dense")):
+    parallel = moe.ExpertParallel("expert", **options)
+    assert parallel.choose_exchange(tokens, 4) in ("ragged", "dense")
 
 
 @pytest.mark.slow

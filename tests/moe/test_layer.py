@@ -182,6 +182,12 @@ def test_lowers_for_hopper_without_a_gpu():
       ValueError,
       r"router_bias must be \(5,\), got \(1,\)",
     ),
+    (
+      dict(router=quantize(PLAIN.gate_up, (1, 128, 128))),
+      K,
+      TypeError,
+      "router must be floats, got a ScaledArray",
+    ),
     ({}, 9, ValueError, "top_k must be from 1 to the 5 experts, got 9"),
     (dict(down_bias=PLAIN.router), K, ValueError, r"must be \(5, 32\)"),
   ],
@@ -191,10 +197,43 @@ def test_errors(changes, top_k, error, message):
     moe.moe_layer(X, PLAIN._replace(**changes), top_k)
 
 
+def test_parameters_that_are_no_tuple():
+  with pytest.raises(TypeError, match="params must be MoeParams, got dict"):
+    moe.moe_layer(X, PLAIN._asdict(), K)
+
+
+def test_lists_are_arrays():
+  lists = moe.MoeParams(
+    *(None if w is None else np.asarray(w).tolist() for w in BIASED)
+  )
+  out = moe.moe_layer(np.asarray(X).tolist(), lists, K, recipe=BF16).out
+  close(out, moe.moe_layer(X, BIASED, K, recipe=BF16).out)
+  bias = moe.update_expert_bias(np.zeros(2, np.float32), [3, 1])
+  equal(bias, np.float32([-1e-3, 1e-3]))
+
+
+def test_hessian_products():
+  """Forward over reverse, as reverse over reverse has them."""
+
+  def loss(params):
+    return (moe.moe_layer(X, params, K, recipe=BF16).out ** 3).sum()
+
+  gradient = jax.grad(loss)
+  _, got = jax.jvp(gradient, (BIASED,), (BIASED,))
+  _, vjp = jax.vjp(gradient, BIASED)
+  jax.tree.map(close, got, vjp(BIASED)[0])
+
+
 @pytest.mark.parametrize(
   "x, kwargs, error, message",
   [
     (X[0, 0], {}, ValueError, r"x must be \(..., d\), got shape \(\)"),
+    (
+      X,
+      dict(parallel=moe.ExpertParallel("expert")),
+      ValueError,
+      "no jax.shard_map around this call has mesh axis 'expert'",
+    ),
     (X, dict(parallel="expert"), TypeError, "ExpertParallel .*got 'expert'"),
   ],
 )

@@ -340,6 +340,11 @@ def test_few_tokens(t):
     (lambda: moe.route_top_k(EXPERTS, 2), TypeError, "int32"),
     (lambda: moe.route_top_k(LOGITS, 9), ValueError, "the 8 experts, got 9"),
     (lambda: moe.route_top_k(LOGITS, 0), ValueError, "got 0"),
+    (
+      lambda: jax.jit(moe.route_top_k)(LOGITS, 2),
+      TypeError,
+      "top_k must be an int that jax does not trace",
+    ),
     (lambda: moe.route_top_k(LOGITS, 2, score="tanh"), ValueError, "'tanh'"),
     (
       lambda: moe.route_top_k(LOGITS, 2, expert_bias=jnp.zeros(3)),
