@@ -8,7 +8,7 @@ from benchmarks.expert_parallel_stages import STAGES
 
 
 def plot(source: Path, target: Path) -> int:
-  """Draws weak scaling above, the stages of the most devices below."""
+  """Draws weak scaling, and the stages of the most devices below it."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -18,7 +18,9 @@ def plot(source: Path, target: Path) -> int:
   rows = [row for row in result["rows"] if "us" in row]
   most = max(row["devices"] for row in rows)
   staged = [r for r in rows if "stages" in r and r["devices"] == most]
-  heights = [4, *([1 + 0.3 * len(staged)] if staged else [])]
+  scaled = [r for r in rows if r["impl"] == "ours" and "efficiency" in r]
+  heights = [4] if scaled else []
+  heights += [1 + 0.3 * len(staged)] if staged else []
   figure, axes = plt.subplots(
     len(heights),
     figsize=(10, 0.5 + sum(heights)),
@@ -26,14 +28,15 @@ def plot(source: Path, target: Path) -> int:
     layout="constrained",
     squeeze=False,
   )
-  scaling, *bars = axes[:, 0]
-  _draw_scaling(scaling, [row for row in rows if row["impl"] == "ours"])
-  scaling.set_title(
+  axes = axes[:, 0]
+  axes[0].set_title(
     f"{most} x {result['device']}, {result['date']}", fontsize=9
   )
-  for axis in bars:
+  if scaled:
+    _draw_scaling(axes[0], scaled)
+  if staged:
     stage_bars.draw(
-      axis,
+      axes[-1],
       staged,
       STAGES,
       time_of=lambda row, stage: row["stages"].get(stage, 0),
@@ -48,9 +51,8 @@ def plot(source: Path, target: Path) -> int:
 def _draw_scaling(axes, rows):
   lines = {}
   for row in rows:
-    if "efficiency" in row:
-      label = f"{row['set']} {row['shape'].rsplit(' ', 1)[0]}"
-      lines.setdefault(label, []).append((row["devices"], row["efficiency"]))
+    label = f"{row['set']} {row['shape'].rsplit(' ', 1)[0]}"
+    lines.setdefault(label, []).append((row["devices"], row["efficiency"]))
   colors = {}  # One for both routings of a layer.
   for label, points in lines.items():
     layer = label.replace("zipf", "uniform")
