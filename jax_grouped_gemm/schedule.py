@@ -127,7 +127,7 @@ def range_of(
   jnp.searchsorted fails in a jax.shard_map over some of the mesh's axes (jax
   0.11.2).
   """
-  return jnp.sum(ends[None] <= index[:, None], axis=1, dtype=jnp.int32)
+  return jnp.sum(ends[:, None] <= index[None], axis=0, dtype=jnp.int32)
 
 
 def _ceil_div(a: jax.Array, b: int) -> jax.Array:
