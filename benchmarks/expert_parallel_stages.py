@@ -168,7 +168,7 @@ def stages(problem, impl: Impl, mesh: Mesh, capacity, x, params, iterations):
     return tokens._replace(rows=tokens.rows[:, :0]) if is_fp8 else tokens
 
   def dispatched(x, chosen, weights):
-    _, plan, journey = parallel.plan(chosen, num_local)
+    plan, journey = journeys.plan_journey(call, chosen, num_local)
     quantized = to_fp8(x) if is_fp8 else None
     tokens = journeys.by_device(journey, x, weights, quantized, None)
     return plan, journey, read(tokens)

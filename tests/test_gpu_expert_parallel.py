@@ -139,8 +139,8 @@ def test_ragged_exchange_is_the_dense_one(mesh, payload):
 
   def local(x, chosen, exchange):
     parallel = moe.ExpertParallel("expert", ("data",), exchange=exchange)
-    call, plan, journey = parallel.plan(chosen, num_local)
-    assert call.exchange == exchange
+    call = parallel.call(*chosen.shape, num_local, devices.shape[0])
+    plan, journey = journeys.plan_journey(call, chosen, num_local)
     quantized = quantize(x, (1, 128)) if payload == "fp8" else None
     tokens = journeys.by_device(
       journey, x, jnp.float32(chosen), quantized, None

@@ -14,29 +14,20 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int32
 
 from jax_grouped_gemm import implementation as implementations
 from jax_grouped_gemm.manual_axes import vary_alike
 from jax_grouped_gemm.moe import gathered
 from jax_grouped_gemm.moe.exchange import send, send_back
 from jax_grouped_gemm.moe.journey import (
-  Journey,
   by_device,
   combine_devices,
   copies_of,
+  plan_journey,
 )
-from jax_grouped_gemm.moe.permutation import (
-  combine,
-  sort_by_expert,
-)
-from jax_grouped_gemm.moe.plan import (
-  Call,
-  Plan,
-  devices_of,
-  make_plan,
-  rows_of_copies,
-)
+from jax_grouped_gemm.moe.permutation import combine
+from jax_grouped_gemm.moe.plan import Call
 from jax_grouped_gemm.moe.routing import Routing
 from jax_grouped_gemm.scaled_array import ScaledArray
 
@@ -256,33 +247,12 @@ class ExpertParallel:
       capacity=capacity,
     )
 
-  def plan(
-    self, chosen: Int[Array, "t top_k"], num_local: int
-  ) -> tuple[Call, Plan, Journey]:
-    """Returns how tokens travel to their experts' devices.
-
-    Args:
-      chosen: their experts.
-      num_local: experts of a device.
-    """
-    n = lax.axis_size(self.axis_name)
-    call = self.call(*chosen.shape, num_local, n)
-    copies = sort_by_expert(chosen, n * num_local)
-    devices = devices_of(chosen, num_local, n)
-    tokens = sort_by_expert(devices, n)
-    sizes = jnp.concatenate([tokens.group_sizes, copies.group_sizes])
-    sizes = lax.all_gather(sizes, self.axis_name)
-    of_copies = sizes[:, n:].reshape(n, n, num_local)
-    plan = make_plan(sizes[:, :n], of_copies, call.capacity)
-    rows = rows_of_copies(call, plan, chosen, copies, devices)
-    rows = rows.reshape(-1, chosen.shape[1])[tokens.order]
-    return call, plan, Journey(tokens, rows, copies.group_sizes)
-
   def _send_chunk(
     self, x, chosen, weights, num_local: int, quantize, implementation
   ):
     """Returns how some tokens travel, and those that arrive."""
-    call, plan, journey = self.plan(chosen, num_local)
+    call = self.call(*chosen.shape, num_local, lax.axis_size(self.axis_name))
+    plan, journey = plan_journey(call, chosen, num_local)
     x, weights, plan, journey = vary_alike(x, weights, plan, journey)
     quantized = _quantized(quantize, x)
     tokens = by_device(journey, x, weights, quantized, implementation)

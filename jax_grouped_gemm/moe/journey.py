@@ -1,10 +1,11 @@
-"""Tokens on their way to other devices and back: sorted, copied, added up."""
+"""Tokens on their way to other devices and back: planned, copied, added up."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from jax_grouped_gemm.moe.exchange import Tokens
 from jax_grouped_gemm.moe.permutation import (
@@ -12,8 +13,16 @@ from jax_grouped_gemm.moe.permutation import (
   combine,
   dispatch_quantized,
   gather_copies,
+  sort_by_expert,
 )
-from jax_grouped_gemm.moe.plan import Call, Plan, arrange
+from jax_grouped_gemm.moe.plan import (
+  Call,
+  Plan,
+  arrange,
+  devices_of,
+  make_plan,
+  rows_of_copies,
+)
 from jax_grouped_gemm.scaled_array import ScaledArray
 
 
@@ -29,6 +38,29 @@ class Journey(NamedTuple):
   tokens: Permutation
   rows_of_copies: Int32[Array, "t*j top_k"]
   group_sizes: Int32[Array, "e"]
+
+
+def plan_journey(
+  call: Call, chosen: Int[Array, "t top_k"], num_local: int
+) -> tuple[Plan, Journey]:
+  """Returns how tokens travel to their experts' devices.
+
+  Args:
+    call: of the exchange.
+    chosen: the tokens' experts.
+    num_local: experts of a device.
+  """
+  n = lax.axis_size(call.axis_name)
+  copies = sort_by_expert(chosen, n * num_local)
+  devices = devices_of(chosen, num_local, n)
+  tokens = sort_by_expert(devices, n)
+  sizes = jnp.concatenate([tokens.group_sizes, copies.group_sizes])
+  sizes = lax.all_gather(sizes, call.axis_name)
+  of_copies = sizes[:, n:].reshape(n, n, num_local)
+  plan = make_plan(sizes[:, :n], of_copies, call.capacity)
+  rows = rows_of_copies(call, plan, chosen, copies, devices)
+  rows = rows.reshape(-1, chosen.shape[1])[tokens.order]
+  return plan, Journey(tokens, rows, copies.group_sizes)
 
 
 def by_device(
